@@ -1,0 +1,334 @@
+"""The native operators: per operator typed wrapper, fake kernel, autograd, vmap, autocast, in that order.
+
+Their meaning is :mod:`adcert.reference`, in plain PyTorch; their schemas are in ``csrc/library.cpp``. What an
+operator saw (touches, ties) is among its outputs. Under autocast they run in the dtype of their input, as
+torch's own ReLU and max pooling do: none of them has an autocast rule, and none may get one, since a cast
+would make and destroy ties.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from adcert._load import load
+from adcert.reference import DTYPES, Pair, PoolResult, ReluResult, TouchResult, pair
+
+__all__ = [
+    "DTYPES",
+    "Pair",
+    "PoolResult",
+    "ReluResult",
+    "TouchResult",
+    "max_pool2d",
+    "pool_indices",
+    "relu",
+    "touches",
+]
+
+load()
+_OPS = torch.ops.adcert
+
+# relu ------------------------------------------------------------------------------------------------------
+
+
+def relu(x: Tensor) -> ReluResult:
+    """ReLU and its touches (Algorithm 1, step 1) in one pass.
+
+    Bitwise ``torch.relu(x)``, with its gradient: the proxy at the kink is 0.
+
+    Args:
+        x: any shape and strides; float32, float64, bfloat16 or float16.
+
+    Returns:
+        ``output`` (differentiable), ``touches`` and ``nonfinite``: see :class:`adcert.reference.ReluResult`.
+
+    Raises:
+        RuntimeError: another dtype.
+
+    >>> relu(torch.tensor([[-1.0, 0.0], [2.0, -0.0]])).touches
+    tensor([1, 3])
+    """
+    return ReluResult(*_OPS.relu(x))
+
+
+def _relu_fake(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), _list(x), x.new_empty((1,), dtype=torch.int64)
+
+
+torch.library.register_fake("adcert::relu", _relu_fake)
+
+
+def _relu_save(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[0])
+
+
+def _relu_backward(ctx: Any, grad: Tensor | None, *_: None) -> Tensor | None:
+    if grad is None:
+        return None
+    result: Tensor = torch.ops.aten.threshold_backward(grad, ctx.saved_tensors[0], 0)
+    return result
+
+
+torch.library.register_autograd("adcert::relu", _relu_backward, setup_context=_relu_save)
+
+# touches ---------------------------------------------------------------------------------------------------
+
+
+def touches(x: Tensor, kink: float = 0.0) -> TouchResult:
+    """The entries of ``x`` that equal ``kink`` (rounded to the dtype of ``x``), by a pass that only reads.
+
+    Not differentiable; meant for kinked functions that run in place, or are not ours.
+
+    Raises:
+        RuntimeError: another dtype than float32, float64, bfloat16, float16, or a NaN kink.
+
+    >>> touches(torch.tensor([6.0, 5.0, 6.0]), kink=6.0).touches
+    tensor([0, 2])
+    """
+    return TouchResult(*_OPS.touches(x.detach(), kink))
+
+
+def _touches_fake(x: Tensor, kink: float = 0.0) -> tuple[Tensor, Tensor]:
+    return _list(x), x.new_empty((1,), dtype=torch.int64)
+
+
+torch.library.register_fake("adcert::touches", _touches_fake)
+
+
+# max_pool2d ------------------------------------------------------------------------------------------------
+
+
+def max_pool2d(
+    x: Tensor,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+    ceil_mode: bool = False,
+    *,
+    relu: bool = False,
+) -> PoolResult:
+    """Max pooling, of ``relu(x)`` if ``relu``, with its ties (Algorithm 1, step 2) and touches in one pass.
+
+    Bitwise ``F.max_pool2d(x, ...)`` or ``F.max_pool2d(F.relu(x), ...)``, with its gradient and memory format:
+    the proxy of the maximum is one-hot at the first maximiser in row-major window order (at the last NaN).
+
+    Args:
+        x: ``[N, C, H, W]`` or ``[C, H, W]``, any strides; float32, float64, bfloat16 or float16; N may be 0.
+        kernel_size: an int or ``(KH, KW)``.
+        stride: default ``kernel_size``.
+        padding: at most half the span ``dilation * (kernel_size - 1) + 1``.
+        dilation: distance of the cells of a window.
+        ceil_mode: keep the windows that hang over the lower right border.
+        relu: pool ``relu(x)``; then only windows with a positive maximum count as tied.
+
+    Returns:
+        ``output`` (differentiable) and what was seen: see :class:`adcert.reference.PoolResult`.
+
+    Raises:
+        RuntimeError: another dtype, a geometry torch refuses, or a window without any cell of the image.
+
+    >>> result = max_pool2d(torch.tensor([[[1.0, 3.0], [3.0, 0.0]]]), 2)
+    >>> result.offsets.item(), result.windows.tolist(), result.members.tolist()
+    (1, [0], [[6]])
+    """
+    kernel, pads = pair(kernel_size, "kernel_size"), pair(padding, "padding")
+    strides, dilations = kernel if stride is None else pair(stride, "stride"), pair(dilation, "dilation")
+    return PoolResult(*_OPS.max_pool2d(x, kernel, strides, pads, dilations, ceil_mode, relu)[:6])
+
+
+_Ints = tuple[int, int] | list[int]
+_PoolRaw = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def _max_pool2d_fake(
+    x: Tensor, kernel_size: _Ints, stride: _Ints, padding: _Ints, dilation: _Ints, ceil_mode: bool, relu: bool
+) -> _PoolRaw:
+    taps = kernel_size[0] * kernel_size[1]
+    base = torch.empty_like(x) if relu else x
+    geometry = (kernel_size, stride, padding, dilation, ceil_mode)
+    output, _ = torch.ops.aten.max_pool2d_with_indices(base, *geometry)
+    offsets = torch.empty_like(output, dtype=torch.uint8 if taps <= 255 else torch.int32)
+    windows = _list(x)
+    members = x.new_empty((windows.shape[0], -(-taps // 64)), dtype=torch.int64)
+    routes = torch.empty_like(offsets) if relu else offsets.new_empty((0,))
+    touched = _list(x) if relu else x.new_empty((0,), dtype=torch.int64)
+    return output, offsets, windows, members, touched, x.new_empty((1,), dtype=torch.int64), routes
+
+
+torch.library.register_fake("adcert::max_pool2d", _max_pool2d_fake)
+
+
+def _max_pool2d_save(ctx: Any, inputs: tuple[Any, ...], output: _PoolRaw) -> None:
+    x, *geometry, _, relu = inputs
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(output[6] if relu else output[1])
+    ctx.geometry, ctx.size = geometry, x.shape[-2:]
+    ctx.channels_last = _channels_last(torch.empty_like(x) if relu and not _plain(x) else x)
+
+
+def _max_pool2d_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
+    (routes,) = ctx.saved_tensors
+    return _OPS.max_pool2d_backward(grad, routes, *ctx.size, *ctx.geometry, ctx.channels_last), *(None,) * 6
+
+
+torch.library.register_autograd("adcert::max_pool2d", _max_pool2d_backward, setup_context=_max_pool2d_save)
+
+# max_pool2d_backward ---------------------------------------------------------------------------------------
+
+
+def _scatter_fake(
+    grad: Tensor,
+    routes: Tensor,
+    height: int,
+    width: int,
+    kernel_size: _Ints,
+    stride: _Ints,
+    padding: _Ints,
+    dilation: _Ints,
+    channels_last: bool,
+) -> Tensor:
+    layout = torch.channels_last if channels_last and grad.dim() == 4 else torch.contiguous_format
+    return torch.empty(
+        (*grad.shape[:-2], height, width), dtype=grad.dtype, device=grad.device, memory_format=layout
+    )
+
+
+torch.library.register_fake("adcert::max_pool2d_backward", _scatter_fake)
+
+
+def _scatter_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.geometry = inputs[4:8]
+
+
+def _scatter_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _OPS.max_pool2d_gather(grad, ctx.saved_tensors[0], *ctx.geometry), *(None,) * 8
+
+
+torch.library.register_autograd("adcert::max_pool2d_backward", _scatter_backward, setup_context=_scatter_save)
+
+
+def _scatter_vmap(
+    info: Any, in_dims: tuple[int | None, ...], grad: Tensor, routes: Tensor, *rest: Any
+) -> tuple[Tensor, int]:
+    grads, folded = _fold(info.batch_size, in_dims, grad, routes)
+    return _unfold(_OPS.max_pool2d_backward(grads, folded, *rest), info.batch_size, in_dims[0], grad), 0
+
+
+torch.library.register_vmap("adcert::max_pool2d_backward", _scatter_vmap)
+
+
+# max_pool2d_gather, the adjoint of max_pool2d_backward -----------------------------------------------------
+
+
+def _gather_fake(
+    x: Tensor, routes: Tensor, kernel_size: _Ints, stride: _Ints, padding: _Ints, dilation: _Ints
+) -> Tensor:
+    layout = torch.channels_last if _channels_last(x) else torch.contiguous_format
+    shape = (*x.shape[:-2], *routes.shape[-2:])
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=layout)
+
+
+torch.library.register_fake("adcert::max_pool2d_gather", _gather_fake)
+
+
+def _gather_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
+    ctx.geometry, ctx.size, ctx.channels_last = inputs[2:], inputs[0].shape[-2:], _channels_last(inputs[0])
+
+
+def _gather_backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    (routes,) = ctx.saved_tensors
+    return _OPS.max_pool2d_backward(grad, routes, *ctx.size, *ctx.geometry, ctx.channels_last), *(None,) * 5
+
+
+torch.library.register_autograd("adcert::max_pool2d_gather", _gather_backward, setup_context=_gather_save)
+
+
+def _gather_vmap(
+    info: Any, in_dims: tuple[int | None, ...], x: Tensor, routes: Tensor, *rest: Any
+) -> tuple[Tensor, int]:
+    xs, folded = _fold(info.batch_size, in_dims, x, routes)
+    return _unfold(_OPS.max_pool2d_gather(xs, folded, *rest), info.batch_size, in_dims[0], x), 0
+
+
+torch.library.register_vmap("adcert::max_pool2d_gather", _gather_vmap)
+
+
+# pool_indices, a composition of torch's operators ----------------------------------------------------------
+
+
+def pool_indices(
+    offsets: Tensor,
+    input_shape: tuple[int, ...] | torch.Size,
+    kernel_size: Pair,
+    stride: Pair | None = None,
+    padding: Pair = 0,
+    dilation: Pair = 1,
+) -> Tensor:
+    """In-window offsets of :func:`max_pool2d` as the indices torch returns: int64, flat in the input plane.
+
+    Args:
+        offsets: ``[..., OH, OW]``, uint8 or int32.
+        input_shape: shape of the input that was pooled; only its last size, the width, matters.
+        kernel_size, stride, padding, dilation: as given to :func:`max_pool2d`.
+
+    >>> pool_indices(torch.tensor([[[1, 2]]], dtype=torch.uint8), (1, 2, 4), 2)
+    tensor([[[1, 6]]])
+    """
+    (_, kw), (ph, pw), width = pair(kernel_size, "kernel_size"), pair(padding, "padding"), input_shape[-1]
+    (sh, sw), (dh, dw) = pair(kernel_size if stride is None else stride, "stride"), pair(dilation, "dilation")
+    at = offsets.long()
+    rows = torch.arange(offsets.shape[-2], device=offsets.device)[:, None] * sh - ph
+    columns = torch.arange(offsets.shape[-1], device=offsets.device) * sw - pw
+    return (rows + at // kw * dh) * width + columns + at % kw * dw
+
+
+# helpers ---------------------------------------------------------------------------------------------------
+
+
+def _list(x: Tensor) -> Tensor:
+    """A fake int64 list of unknown length."""
+    return x.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.int64)
+
+
+def _plain(x: Tensor) -> bool:
+    return x.is_contiguous() or (x.dim() == 4 and x.is_contiguous(memory_format=torch.channels_last))
+
+
+def _channels_last(x: Tensor) -> bool:
+    """torch's rule (csrc/checks.h): strides that look like channels_last; ambiguous ones do not."""
+    if x.dim() != 4 or 0 in x.shape:
+        return False
+    least = 0
+    for d in (1, 3, 2, 0):
+        if x.stride(d) < least or (d == 0 and least == x.stride(1)):
+            return False
+        least = x.stride(d) * max(x.shape[d], 1)
+    return True
+
+
+def _fold(
+    size: int, in_dims: tuple[int | None, ...], values: Tensor, routes: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Batches of values and routes as one 4-D batch each; unbatched routes repeat, which costs no memory."""
+    v, r = in_dims[:2]
+    values = values.expand(size, *values.shape) if v is None else values.movedim(v, 0)
+    if r is None:
+        routes = routes if values.dim() == 5 else routes.unsqueeze(0)
+    else:
+        routes = routes.movedim(r, 0)
+        routes = routes.flatten(0, 1) if values.dim() == 5 else routes
+    return values.flatten(0, 1) if values.dim() == 5 else values, routes
+
+
+def _unfold(result: Tensor, size: int, batched: int | None, values: Tensor) -> Tensor:
+    dims = values.dim() - (batched is not None)
+    return result.reshape(size, -1, *result.shape[1:]) if dims == 4 else result

@@ -1,0 +1,128 @@
+// Values as the CPU kernels compare them. Half types are compared through an order-preserving map of their bits to
+// int16 (both zeros to 0, every NaN to 32767): exact, and twice as many to a vector as after conversion to float.
+#pragma once
+
+#include <torch/headeronly/util/Half.h>
+
+#include <bit>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+// One copy of the function per instruction set, chosen when the library is loaded; the bodies are always inlined
+// into it. A build for one fixed machine would not run elsewhere.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__) && \
+    !defined(ADCERT_SANITIZE)
+#define ADCERT_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define ADCERT_CLONES
+#endif
+#define ADCERT_INLINE inline __attribute__((always_inline))
+#define ADCERT_COLD __attribute__((noinline, cold))
+
+namespace adcert {
+
+// Enumerations, not structs: only scalar loads and stores are turned into vector ones.
+enum class BFloat16 : uint16_t {};
+enum class Float16 : uint16_t {};
+
+template <class T>
+ADCERT_INLINE uint16_t bits(T v) {
+  return static_cast<uint16_t>(v);
+}
+
+// Key: what is compared. Lane: integer as wide as a key. infinity: the bits of +inf, the mask of the exponent.
+template <class T>
+struct Value;
+
+template <class F, class U, class I>
+struct FloatValue {
+  using Key = F;
+  using Lane = I;
+  static constexpr Key lowest = -std::numeric_limits<F>::infinity();
+  static constexpr F lowest_value = lowest;
+  static ADCERT_INLINE Key key(F v) { return v; }
+  static ADCERT_INLINE bool is_nan(Key k) { return k != k; }
+  static ADCERT_INLINE bool is_finite(F v) {
+    constexpr U exponent = std::bit_cast<U>(std::numeric_limits<F>::infinity());
+    return (std::bit_cast<U>(v) & exponent) != exponent;
+  }
+  static ADCERT_INLINE F add(F a, F b) { return a + b; }
+};
+template <>
+struct Value<float> : FloatValue<float, uint32_t, int32_t> {};
+template <>
+struct Value<double> : FloatValue<double, uint64_t, int64_t> {};
+
+template <class T, uint16_t infinity>
+struct HalfValue {
+  using Key = int16_t;
+  using Lane = int16_t;
+  static constexpr Key nan = 0x7fff;
+  static constexpr Key lowest = -static_cast<int>(infinity);
+  static constexpr T lowest_value = static_cast<T>(infinity | 0x8000);
+  static ADCERT_INLINE Key key(T v) {
+    const auto magnitude = static_cast<int16_t>(bits(v) & 0x7fff);
+    const auto sign = static_cast<int16_t>(static_cast<int16_t>(bits(v)) >> 15);  // 0 or -1
+    const auto ordered = static_cast<int16_t>((magnitude ^ sign) - sign);
+    return magnitude > static_cast<int16_t>(infinity) ? nan : ordered;
+  }
+  static ADCERT_INLINE bool is_nan(Key k) { return k == nan; }
+  static ADCERT_INLINE bool is_finite(T v) { return (bits(v) & infinity) != infinity; }
+};
+
+template <>
+struct Value<BFloat16> : HalfValue<BFloat16, 0x7f80> {
+  static ADCERT_INLINE float widen(BFloat16 v) { return std::bit_cast<float>(static_cast<uint32_t>(bits(v)) << 16); }
+  static ADCERT_INLINE BFloat16 narrow(float f) {  // to nearest, ties to even; every NaN to 0x7fc0, as c10 does
+    const auto u = std::bit_cast<uint32_t>(f);
+    const auto rounded = static_cast<uint16_t>((u + 0x7fff + ((u >> 16) & 1)) >> 16);
+    return static_cast<BFloat16>(f != f ? 0x7fc0 : rounded);
+  }
+  static ADCERT_INLINE BFloat16 add(BFloat16 a, BFloat16 b) { return narrow(widen(a) + widen(b)); }
+};
+
+template <>
+struct Value<Float16> : HalfValue<Float16, 0x7c00> {
+  static ADCERT_INLINE Float16 add(Float16 a, Float16 b) {
+    using torch::headeronly::detail::fp16_ieee_from_fp32_value;
+    using torch::headeronly::detail::fp16_ieee_to_fp32_value;
+    const float sum = fp16_ieee_to_fp32_value(bits(a)) + fp16_ieee_to_fp32_value(bits(b));
+    return static_cast<Float16>(fp16_ieee_from_fp32_value(sum));
+  }
+};
+
+// max(v, 0) as torch.relu: -0.0 and NaN pass. A mask, not a choice: compilers turn only the former into vectors.
+template <class T>
+ADCERT_INLINE T rectify(T v) {
+  if constexpr (std::is_floating_point_v<T>) {
+    using Lane = typename Value<T>::Lane;
+    const Lane below = v < 0 ? Lane{-1} : Lane{0};
+    return std::bit_cast<T>(std::bit_cast<Lane>(v) & ~below);
+  } else {
+    const auto below = static_cast<int16_t>(Value<T>::key(v) >> 15);
+    return static_cast<T>(bits(v) & ~below);
+  }
+}
+
+// How many of n values equal the kink, and how many are not finite. OUT: also writes their ReLU.
+template <bool OUT, class T>
+ADCERT_INLINE void scan(const T* __restrict x, T* __restrict out, int64_t n, typename Value<T>::Key kink,
+                        int64_t& touches, int64_t& nonfinite) {
+  using Lane = typename Value<T>::Lane;
+  constexpr int64_t kBlock = 4096;  // a 16-bit lane must not overflow
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t end = begin + kBlock < n ? begin + kBlock : n;
+    Lane equal = 0, odd = 0;
+    for (int64_t i = begin; i < end; ++i) {
+      const T v = x[i];
+      equal = static_cast<Lane>(equal + (Value<T>::key(v) == kink));
+      odd = static_cast<Lane>(odd + !Value<T>::is_finite(v));
+      if constexpr (OUT) out[i] = rectify(v);
+    }
+    touches += equal;
+    nonfinite += odd;
+  }
+}
+
+}  // namespace adcert

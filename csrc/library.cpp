@@ -1,0 +1,25 @@
+// Every operator of adcert: the table of contents. Kernels are in <family>_cpu.cpp, meanings in adcert/ops.py.
+//
+//   relu                 max(x, 0); touches: ascending flat indices with x == 0; nonfinite: [1] count of NaN and inf
+//   touches              the same without an output, for any kink
+//   max_pool2d           pooling of x, or of relu(x); offsets: in-window offset of the selected member; windows:
+//                        ascending flat output indices with two or more maximisers; members: their bit sets; routes
+//                        (relu only, else empty): offsets where the gradient flows, KH * KW where ReLU stops it
+//   max_pool2d_backward  sends grad to the cells that routes (or offsets) name; batch of grad a multiple of theirs
+//   max_pool2d_gather    its adjoint: reads those cells
+#include <torch/csrc/stable/library.h>
+
+STABLE_TORCH_LIBRARY(adcert, m) {
+  m.def("relu(Tensor x) -> (Tensor output, Tensor touches, Tensor nonfinite)");
+  m.def("touches(Tensor x, float kink=0.0) -> (Tensor touches, Tensor nonfinite)");
+  m.def(
+      "max_pool2d(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode, "
+      "bool relu) -> (Tensor output, Tensor offsets, Tensor windows, Tensor members, Tensor touches, "
+      "Tensor nonfinite, Tensor routes)");
+  m.def(
+      "max_pool2d_backward(Tensor grad, Tensor routes, SymInt height, SymInt width, int[2] kernel_size, "
+      "int[2] stride, int[2] padding, int[2] dilation, bool channels_last) -> Tensor");
+  m.def(
+      "max_pool2d_gather(Tensor x, Tensor routes, int[2] kernel_size, int[2] stride, int[2] padding, "
+      "int[2] dilation) -> Tensor");
+}
