@@ -1,0 +1,339 @@
+"""Exact signs of sums of products of floats, and exact linear relations between rows of floats.
+
+A system is three arrays of the same shape [K, n]: ``a``, ``minus`` and ``radius``. Row k stands for every
+real vector within ``radius[k]`` (entrywise) of the exact difference ``a[k] - minus[k]``, which is never
+rounded. Each decision is made by a float64 evaluation with a rigorous error bound where that settles it, and
+by integers where it does not: a float is an integer times a power of two, so nothing overflows, underflows or
+rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import flint
+import numpy as np
+from numpy.typing import NDArray
+
+from adcert.errors import AdcertError
+
+Floats = NDArray[np.floating[Any]]
+Ints = NDArray[np.int64]
+
+NARROW_BITS = 29  # 29 bits times the 24 of a float32 are the 53 of a float64
+_UNIT = 2.0**-53
+_LARGEST = 600  # bits of a direction that the float64 filter keeps
+_CHUNK = 1 << 22  # entries turned into integers at once
+_CACHED = 1 << 16  # entries of a run of rows
+_SERIAL = 9000  # entries that OpenBLAS multiplies without threads
+
+
+def require_gradual_underflow() -> None:
+    """Refuses to work on a thread that flushes subnormals to zero: there x - y == 0 does not mean x == y."""
+    tiny = np.array([5e-324, 2.0**-1022])
+    if not ((tiny > 0).all() and (tiny * 0.5 + tiny)[1] > tiny[1]):
+        raise AdcertError(
+            "this thread flushes subnormal numbers to zero, so exact comparisons are impossible; "
+            "call torch.set_flush_denormal(False) on it"
+        )
+
+
+def row_slices(shape: tuple[int, int]) -> Iterator[slice]:
+    """Runs of rows small enough for the processor's cache."""
+    step = max(1, _CACHED // max(1, shape[1]))
+    return (slice(start, start + step) for start in range(0, shape[0], step))
+
+
+def times(matrix: NDArray[np.float64], vector: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``matrix @ vector`` in pieces below the size at which BLAS wakes its threads.
+
+    Beside a training loop that keeps every core busy, waiting for those threads costs up to a hundred times
+    the product.
+    """
+    if matrix.size <= _SERIAL:
+        return np.asarray(matrix @ vector)
+    result = np.empty(matrix.shape[0])
+    step = max(1, _SERIAL // matrix.shape[1])
+    for start in range(0, matrix.shape[0], step):
+        np.dot(matrix[start : start + step], vector, out=result[start : start + step])
+    return result
+
+
+def read_array(values: Any, name: str) -> Floats:
+    """``values`` as a float32 or float64 array [K, n] of finite numbers, else :class:`AdcertError`."""
+    try:
+        array = np.asarray(values)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise AdcertError(f"{name} cannot be read as an array: {error}") from error
+    if array.dtype.kind in "iub":
+        rounded = array.astype(np.float64)
+        if array.size and (np.abs(rounded) > 2.0**53).any():
+            raise AdcertError(f"{name} holds integers beyond 2**53, which float64 would round")
+        array = rounded
+    if array.dtype == np.float16:
+        array = array.astype(np.float32)
+    if array.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+        raise AdcertError(f"{name} has dtype {array.dtype}; float32 or float64 is needed")
+    if array.ndim != 2:
+        raise AdcertError(f"{name} has {array.ndim} dimensions; rows x columns is needed")
+    if not np.isfinite(array).all():
+        raise AdcertError(
+            f"{name} holds a NaN or an infinity in row {int(np.argmin(np.isfinite(array).all(axis=1)))}"
+        )
+    return array
+
+
+@dataclass(frozen=True, eq=False)
+class System:
+    """Rows ``a - minus`` known up to ``radius``; build it with :meth:`read`.
+
+    >>> system = System.read([[1.0, 2.0]], minus=[[1.0, 0.0]])
+    >>> first_failure(system, (5, 1)) is None
+    True
+    """
+
+    a: Floats
+    minus: Floats | None
+    radius: Floats | None
+
+    @classmethod
+    def read(cls, a: Any, minus: Any = None, radius: Any = None) -> System:
+        """Checks shapes, dtypes and finiteness (:class:`AdcertError`); takes the radius in absolute value."""
+        require_gradual_underflow()
+        first = read_array(a, "A")
+        second = None if minus is None else read_array(minus, "minus")
+        third = None if radius is None else np.abs(read_array(radius, "radius"))
+        for name, array in (("minus", second), ("radius", third)):
+            if array is not None and array.shape != first.shape:
+                raise AdcertError(f"{name} has shape {array.shape}, A has {first.shape}")
+        if third is not None and not third.any():
+            third = None
+        return cls(first, second, third)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns."""
+        return self.a.shape[0], self.a.shape[1]
+
+    @cached_property
+    def difference(self) -> NDArray[np.float64]:
+        """float64 [K, n], ``a - minus`` rounded once: zero only where it is zero, infinite on overflow."""
+        if self.minus is None:
+            return np.ascontiguousarray(self.a, dtype=np.float64)
+        with np.errstate(over="ignore"):
+            return np.subtract(self.a, self.minus, dtype=np.float64)
+
+    @cached_property
+    def magnitude(self) -> NDArray[np.float64]:
+        """float64 [K]: the sum of |entry| + radius over the row, rounded (:func:`estimate` has the slack)."""
+        total = np.empty(self.shape[0])
+        with np.errstate(over="ignore"):
+            for part in row_slices(self.shape):
+                total[part] = np.abs(self.difference[part]).sum(axis=1)
+                if self.radius is not None:
+                    total[part] += self.radius[part].sum(axis=1, dtype=np.float64)
+        return total
+
+    @cached_property
+    def is_exact(self) -> NDArray[np.bool_]:
+        """bool [K]: the row's radius is zero, so that it may take part in a proof of emptiness."""
+        if self.radius is None:
+            return np.ones(self.shape[0], dtype=np.bool_)
+        return np.asarray(~self.radius.any(axis=1))
+
+    @cached_property
+    def is_narrow(self) -> bool:
+        """Every entry is a float32, so products with 29-bit integers are exact in float64."""
+        arrays = (self.a, self.minus, self.radius)
+        return all(array is None or array.dtype == np.float32 for array in arrays)
+
+    def take(self, index: Ints) -> System:
+        """The system of the rows ``index``."""
+        minus, radius = (None if x is None else x[index] for x in (self.minus, self.radius))
+        return System(self.a[index], minus, radius)
+
+
+def decode(values: Floats) -> tuple[Ints, Ints]:
+    """Exact ``values == mantissa * 2**exponent`` (int64, same shape), every mantissa odd or zero.
+
+    >>> decode(np.array([0.75, -6.0, 0.0]))
+    (array([ 3, -3,  0]), array([-2,  1,  0]))
+    """
+    bits = np.ascontiguousarray(values, dtype=np.float64).view(np.int64)
+    field = (bits >> 52) & 0x7FF
+    mantissa = (bits & ((1 << 52) - 1)) | np.where(field > 0, np.int64(1 << 52), 0)
+    exponent = np.maximum(field, 1) - 1075
+    low = mantissa & -mantissa
+    zeros = np.where(mantissa == 0, 0, np.frexp(low.astype(np.float64))[1] - 1)
+    mantissa = np.where(bits < 0, -1, 1) * (mantissa >> zeros)
+    return mantissa, np.where(mantissa == 0, 0, exponent + zeros)
+
+
+def integer_rows(*terms: Floats) -> tuple[list[list[list[int]]], list[int]]:
+    """``terms`` (each [K, n]) as Python integers: ``terms[t][k] == result[t][k] * 2**exponent[k]``."""
+    decoded = [decode(term) for term in terms]
+    count = terms[0].shape[0]
+    unset = 1 << 30
+    least = np.full(count, unset, dtype=np.int64)
+    for mantissa, exponent in decoded:
+        least = np.minimum(least, np.where(mantissa == 0, unset, exponent).min(axis=1, initial=unset))
+    least = np.where(least == unset, 0, least)
+    result = []
+    for mantissa, exponent in decoded:
+        shift = np.where(mantissa == 0, 0, exponent - least[:, None])
+        if shift.size == 0 or int((np.frexp(mantissa.astype(np.float64))[1] + shift).max()) <= 61:
+            result.append((mantissa << shift).tolist())
+        else:
+            pairs = zip(mantissa.tolist(), shift.tolist(), strict=True)
+            result.append([[m << s for m, s in zip(ms, ss, strict=True)] for ms, ss in pairs])
+    return result, [int(e) for e in least]
+
+
+def true_integers(system: System, index: Sequence[int]) -> tuple[list[list[int]], list[int]]:
+    """The exact rows ``a - minus`` of ``index`` (radius ignored) as integers, and their exponents of two.
+
+    >>> true_integers(System.read([[0.5, 1.0]], [[0.25, 0.0]]), [0])
+    ([[1, 4]], [-2])
+    """
+    rows = np.asarray(index, dtype=np.int64)
+    if system.minus is None:
+        (first,), exponents = integer_rows(system.a[rows])
+        return first, exponents
+    (first, second), exponents = integer_rows(system.a[rows], system.minus[rows])
+    return [[x - y for x, y in zip(r, s, strict=True)] for r, s in zip(first, second, strict=True)], exponents
+
+
+def estimate(system: System, p: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """float64 [K] twice: ``|<row, p> - <radius, |p|> - value| <= bound``, infinite where floats fail.
+
+    The inner product of n terms errs by at most n u / (1 - n u) times the sum of magnitudes in any order of
+    summation, fused or not; the rounding of the difference, of p and of the last subtraction add three more
+    units, and the factor 2 covers the rounding of the bound itself. p is integral, so no product underflows.
+    A very long p is shifted down first: value and bound are then for p / 2**shift, and the truncation is far
+    below one unit of the largest.
+    """
+    columns = system.shape[1]
+    largest = max((abs(x) for x in p), default=0)
+    shift = max(0, largest.bit_length() - _LARGEST)
+    largest >>= shift
+    vector = np.array([float(x >> shift) for x in p])
+    with np.errstate(over="ignore", invalid="ignore"):
+        value = times(system.difference, vector)
+        if system.radius is not None:
+            value = value - times(system.radius.astype(np.float64), np.abs(vector))
+        bound = system.magnitude * (float(largest) * (2 * (columns + 8) * _UNIT)) + columns * 2.0**-1000
+    return value, np.where(np.isfinite(value) & np.isfinite(bound), bound, np.inf)
+
+
+def exact_sign(system: System, k: int, p: Sequence[int]) -> int:
+    """Sign of ``<a[k] - minus[k], p> - <radius[k], |p|>`` without any rounding."""
+    if system.is_narrow and max((abs(x) for x in p), default=0) <= 1 << NARROW_BITS:
+        vector = np.array([float(x) for x in p])
+        parts = [system.a[k] * vector]
+        if system.minus is not None:
+            parts.append(system.minus[k] * -vector)
+        if system.radius is not None:
+            parts.append(system.radius[k] * -np.abs(vector))
+        total: float = math.fsum(np.concatenate(parts).tolist())
+        return (total > 0) - (total < 0)
+    terms = [system.a[k : k + 1]]
+    signs = [list(p)]
+    if system.minus is not None:
+        terms.append(system.minus[k : k + 1])
+        signs.append([-x for x in p])
+    if system.radius is not None:
+        terms.append(system.radius[k : k + 1])
+        signs.append([-abs(x) for x in p])
+    integers, _ = integer_rows(*terms)
+    exact = sum(sum(map(int.__mul__, term[0], sign)) for term, sign in zip(integers, signs, strict=True))
+    return (exact > 0) - (exact < 0)
+
+
+def signs(system: System, p: Sequence[int]) -> NDArray[np.int8]:
+    """int8 [K]: the exact sign of ``<row, p> - <radius, |p|>`` for every row.
+
+    >>> signs(System.read([[1e308, 1e308], [5e-324, -5e-324]]), (1, 1)).tolist()
+    [1, 0]
+    """
+    value, bound = estimate(system, p)
+    result = (value > bound).astype(np.int8) - (value < -bound).astype(np.int8)
+    for k in np.flatnonzero(result == 0):
+        result[k] = exact_sign(system, int(k), p)
+    return result
+
+
+def first_failure(system: System, p: Sequence[int]) -> int | None:
+    """A row with ``<row, p> - <radius, |p|> <= 0`` (the worst floats can name), None if all are positive."""
+    if system.shape[0] == 0:
+        return None
+    value, bound = estimate(system, p)
+    if (value < -bound).any():
+        return int(np.argmin(np.where(value < -bound, value / system.magnitude, 0.0)))
+    for k in np.flatnonzero(value <= bound):
+        if exact_sign(system, int(k), p) <= 0:
+            return int(k)
+    return None
+
+
+def combination_is_zero(system: System, index: Sequence[int], weights: Sequence[int]) -> bool:
+    """Whether ``sum_i weights[i] * (a - minus)[index[i]]`` is the zero vector, exactly.
+
+    >>> combination_is_zero(System.read([[1.0], [-3.0]]), (0, 1), (3, 1))
+    True
+    """
+    columns = system.shape[1]
+    step = max(1, _CHUNK // max(1, len(index)))
+    for start in range(0, columns, step):
+        part = slice(start, start + step)
+        narrow = System(system.a[:, part], None if system.minus is None else system.minus[:, part], None)
+        rows, exponents = true_integers(narrow, index)
+        least = min(exponents, default=0)
+        scaled = [w << (e - least) for w, e in zip(weights, exponents, strict=True)]
+        if any(x != 0 for x in (flint.fmpz_mat([scaled]) * flint.fmpz_mat(rows)).entries()):
+            return False
+    return True
+
+
+def relation(rows: list[list[int]]) -> list[int] | None:
+    """The weights y, unique up to scale, with ``sum_k y[k] * rows[k] == 0``; None if none or several.
+
+    >>> relation([[1, 2], [-2, -4]])
+    [2, 1]
+    """
+    matrix = flint.fmpz_mat(rows)
+    if matrix.ncols() > 2 * matrix.nrows():
+        matrix = (
+            matrix * matrix.transpose()
+        )  # over the rationals the Gram matrix has the same left null space
+    basis, nullity = matrix.transpose().nullspace()
+    if nullity != 1:
+        return None
+    weights = primitive([int(basis[i, 0]) for i in range(len(rows))])
+    return weights if sum(weights) >= 0 else [-y for y in weights]
+
+
+def primitive(vector: Sequence[int]) -> list[int]:
+    """``vector`` divided by the greatest common divisor of its entries (the zero vector stays)."""
+    divisor = math.gcd(*vector)
+    return [x // divisor for x in vector] if divisor > 1 else list(vector)
+
+
+def round_direction(p: NDArray[np.float64], bits: int) -> tuple[int, ...] | None:
+    """``p`` times a power of two as integers of ``bits`` bits (beyond 52: exact); None if zero or not finite.
+
+    >>> round_direction(np.array([0.5, -0.25, 1e-30]), 3)
+    (4, -2, 0)
+    """
+    largest = float(np.abs(p).max(initial=0.0))
+    if not math.isfinite(largest) or largest == 0:
+        return None
+    if bits > 52:
+        mantissa, exponent = decode(p)
+        least = int(exponent[mantissa != 0].min())
+        return tuple(int(m) << max(0, int(e) - least) for m, e in zip(mantissa, exponent, strict=True))
+    scaled = np.ldexp(p, bits - math.frexp(largest)[1])
+    return tuple(int(x) for x in np.rint(scaled))
