@@ -1,0 +1,80 @@
+"""The bias structure of a layer: which parameter is added, with coefficient one, to every unit of y."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from torch import Tensor
+
+from .layers import Graph, kind_of, shape_of
+from .records import Node, OpRecord
+from .rows import SAME_UNITS, broadcast_index
+
+
+@dataclass(frozen=True, eq=False)
+class Bias:
+    """``y_i = (terms without b) + b[group(i)]``, exactly; ``kind`` is "distinct" or "shared"."""
+
+    leaf: str
+    group: Callable[[Tensor], Tensor]
+    kind: str
+
+
+def bias_of(graph: Graph, record: OpRecord, own: frozenset[str]) -> Bias | None:
+    """The additive bias of a record's y among its ``own`` leaves w_l, or None.
+
+    It must enter y once and nowhere else in the layer's smooth part: a convolution bias in front of a batch
+    normalisation is none (train mode removes it), the normalisation's beta is one. A frozen bias is a constant.
+    """
+    found = _search(graph, record.edge, lambda units: units, own)
+    if found is None or len(graph.tau(record).leaves.get(found[0], ())) != 1:
+        return None
+    leaf, group = found
+    units = math.prod(record.input_shape[1:])
+    distinct = graph.leaves.tensor(leaf).numel() == units
+    return Bias(leaf, group, "distinct" if distinct else "shared")
+
+
+_Map = Callable[[Tensor], Tensor]
+
+
+def _search(graph: Graph, edge: tuple[Node, int], units: _Map, own: frozenset[str]) -> tuple[str, _Map] | None:
+    node = edge[0]
+    if node is None or node in graph.record_of:
+        return None
+    leaf = graph.leaf(node)
+    if leaf is not None:
+        return (leaf, units) if leaf in own else None
+    kind = kind_of(node)
+    if kind in SAME_UNITS:
+        return _search(graph, node.next_functions[0], units, own)
+    if kind == "AddBackward" and node._saved_alpha == 1:
+        return _search_sum(graph, edge, units, own)
+    shape = shape_of(*edge)
+    slot = {"ConvolutionBackward": 2, "NativeBatchNormBackward": 2, "AddmmBackward": 0}.get(kind)
+    if slot is None or (kind == "AddmmBackward" and (node._saved_alpha != 1 or node._saved_beta != 1)):
+        return None
+    leaf = graph.leaf(node.next_functions[slot][0])
+    if leaf is None or leaf not in own or tuple(graph.leaves.tensor(leaf).shape) != shape[1:2]:
+        return None
+    inner = math.prod(shape[2:])
+    return leaf, lambda u: units(u) // inner % shape[1]
+
+
+def _search_sum(graph: Graph, edge: tuple[Node, int], units: _Map, own: frozenset[str]) -> tuple[str, _Map] | None:
+    out = shape_of(*edge)
+    for operand in edge[0].next_functions:
+        if operand[0] is not None:
+            shape = shape_of(*operand)
+            inner = partial(_broadcast, units, out, shape)
+            found = _search(graph, operand, inner, own)
+            if found is not None:
+                return found
+    return None
+
+
+def _broadcast(units: _Map, out: tuple[int, ...], shape: tuple[int, ...], index: Tensor) -> Tensor:
+    return broadcast_index(units(index), out, shape)

@@ -1,0 +1,106 @@
+"""T_j: which members of a tie, and which touches, have AD gradients that are equal for a structural reason.
+
+Congruence is value numbering in the order it is needed: two units are congruent when they are the same function of
+the parameters around every recorded value, that is, equal own-layer rows and, below, pairs of units that are the same, that
+are both switched off, or that are congruent in turn. Padding and inputs are constants. The answer is one-sided: True
+is a proof of ``ga_plus == ga_minus`` with respect to all parameters, False says nothing.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from .layers import Graph
+from .records import OpRecord
+from .rows import Differences, expand
+
+
+def selected_inputs(record: OpRecord, units: Tensor) -> Tensor:
+    """Flat indices of y that AD selects for these outputs of ``record``, whatever the slope there."""
+    if record.ties is None:
+        return units
+    offset = record.ties.offsets.reshape(-1) if record.ties.offsets.is_contiguous() else None
+    shape = tuple(record.output.shape)
+    index = torch.unravel_index(units, shape)
+    chosen = offset[units] if offset is not None else record.ties.offsets[index]
+    return cell_inputs(record, units, chosen.to(torch.int64))
+
+
+def cell_inputs(record: OpRecord, windows: Tensor, cells: Tensor) -> Tensor:
+    """Flat indices of y of the in-window cells ``kh * KW + kw`` of output units ``windows``."""
+    assert record.ties is not None
+    window = record.ties.window
+    *planes, height, width = record.input_shape
+    out_h, out_w = record.output.shape[-2:]
+    plane, rest = windows // (out_h * out_w), windows % (out_h * out_w)
+    row = (rest // out_w) * window.stride[0] - window.padding[0] + (cells // window.kernel[1]) * window.dilation[0]
+    column = (rest % out_w) * window.stride[1] - window.padding[1] + (cells % window.kernel[1]) * window.dilation[1]
+    return (plane * height + row) * width + column
+
+
+def follow(record: OpRecord, differences: Differences) -> Differences:
+    """Differences of outputs of ``record`` as differences of its inputs; units of slope 0 become the zero function."""
+
+    def source(units: Tensor) -> Tensor:
+        known = units >= 0
+        safe = units.clamp(min=0)
+        inputs = selected_inputs(record, safe)
+        if record.relu:
+            known = known & (record.output[torch.unravel_index(safe, tuple(record.output.shape))] > 0)
+        return torch.where(known, inputs, -1)
+
+    return Differences(source(differences.plus), source(differences.minus))
+
+
+def prove_zero(graph: Graph, record: OpRecord, differences: Differences) -> Tensor:
+    """bool [K]: the gradients of y_plus and y_minus of ``record`` (all parameters) are proved equal.
+
+    Example: two windows over patches of identical pixels in the first layer; or two units whose patches are all
+    switched off.
+    """
+    proved = differences.plus == differences.minus
+    todo = torch.nonzero(~proved).flatten()
+    if len(todo) == 0:
+        return proved
+    size = math.prod(record.input_shape) + 1
+    keys = (differences.plus[todo] + 1) * size + differences.minus[todo] + 1
+    unique, inverse = torch.unique(keys, return_inverse=True)
+    distinct = Differences(unique // size - 1, unique % size - 1)
+    expansion = expand(graph, record.edge, distinct)
+    good = ~(expansion.own_nonzero() | expansion.hard)
+    for item in expansion.boundary:
+        needed = torch.unique(item.inverse[good & (item.inverse >= 0)])
+        if len(needed) == 0:
+            continue
+        owners = torch.zeros(int(max(item.owner.max(), needed.max())) + 1, dtype=torch.bool)
+        owners[needed] = True
+        picked = torch.nonzero(owners[item.owner]).flatten()
+        below = prove_zero(graph, item.record, follow(item.record, item.differences.select(picked)))
+        bad = torch.zeros_like(owners)
+        bad[item.owner[picked[~below]]] = True
+        known = item.inverse >= 0
+        good[known] &= ~bad[item.inverse[known].clamp(max=len(bad) - 1)] | (item.inverse[known] >= len(bad))
+    proved[todo] = good[inverse]
+    return proved
+
+
+def tied_members(record: OpRecord) -> tuple[Tensor, Tensor]:
+    """(window, cell) of every member of every recorded tie, int64 [M] each, windows ascending."""
+    assert record.ties is not None
+    ties = record.ties
+    kernel = ties.window.kernel[0] * ties.window.kernel[1]
+    bits = torch.arange(64)
+    held = ((ties.members[:, :, None] >> bits) & 1).flatten(1)[:, :kernel]
+    which, cells = torch.nonzero(held, as_tuple=True)
+    return ties.windows[which], cells
+
+
+def maximisers(record: OpRecord, windows: Tensor) -> Tensor:
+    """Distinct flat input indices of all members of the argmax sets of these windows (int64, flat output indices)."""
+    assert record.ties is not None
+    owner, cells = tied_members(record)
+    mine = torch.isin(owner, windows)
+    return torch.unique(torch.cat([selected_inputs(record, windows), cell_inputs(record, owner[mine], cells[mine])]))

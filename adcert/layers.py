@@ -1,0 +1,266 @@
+"""From the autograd graph of a step to layers: which parameters are w_l, what is upstream of what.
+
+The graph is read from the loss backwards through ``node.next_functions``; nothing is executed and no hook fires.
+``tau_l`` of a recorded operation is everything between its input y and the recorded operations (or leaves) that
+feed it; ``w_l`` are the trainable leaves met there.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .records import Node, OpRecord
+
+ACCUMULATE = "torch::autograd::AccumulateGrad"
+
+
+def shape_of(node: Node, number: int) -> tuple[int, ...]:
+    """Shape of output ``number`` of a node (its gradient's shape)."""
+    return tuple(int(size) for size in node._input_metadata[number].shape)
+
+
+def kind_of(node: Node) -> str:
+    """Name of a node without the overload number: ``AddBackward0`` -> ``AddBackward``."""
+    name: str = node.name()
+    return name.rstrip("0123456789")
+
+
+class Leaves:
+    """Names of the leaves that require grad: the model's qualified names, else ``leaf0``, ``leaf1``, ..."""
+
+    def __init__(self, model: torch.nn.Module | None) -> None:
+        self._names: dict[int, str] = {}
+        self._tensors: dict[str, Tensor] = {}
+        self._model: frozenset[str] = frozenset()
+        if model is not None:
+            for name, parameter in model.named_parameters():
+                self._names[id(parameter)] = name
+                self._tensors[name] = parameter
+            self._model = frozenset(self._tensors)
+
+    def name(self, leaf: Tensor) -> str:
+        """The leaf's name; an unknown leaf gets the next free number."""
+        if id(leaf) not in self._names:
+            name = f"leaf{sum(known.startswith('leaf') for known in self._tensors)}"
+            while name in self._tensors:
+                name += "_"
+            self._names[id(leaf)] = name
+            self._tensors[name] = leaf
+        return self._names[id(leaf)]
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+    def in_model(self, name: str) -> bool:
+        return name in self._model
+
+    def trainable(self) -> dict[str, Tensor]:
+        """Every known leaf that requires grad."""
+        return {name: tensor for name, tensor in self._tensors.items() if tensor.requires_grad}
+
+
+class Graph:
+    """The graph below some roots: nodes in topological order (consumers first), consumers, records by node."""
+
+    def __init__(self, roots: Sequence[Node], records: Iterable[OpRecord], leaves: Leaves) -> None:
+        self.leaves = leaves
+        self.roots = tuple(roots)
+        self.consumers: dict[Node, list[tuple[Node, int, int]]] = defaultdict(list)
+        self.nodes = self._sorted(roots)
+        self.position = {node: index for index, node in enumerate(self.nodes)}
+        self.record_of = {record.node: record for record in records if record.node in self.position}
+        self._tau: dict[OpRecord, Tau] = {}
+
+    def _sorted(self, roots: Sequence[Node]) -> list[Node]:
+        waiting: dict[Node, int] = defaultdict(int)
+        seen: set[Node] = set(roots)
+        stack = list(seen)
+        while stack:
+            node = stack.pop()
+            for slot, (source, number) in enumerate(node.next_functions):
+                if source is None:
+                    continue
+                waiting[source] += 1
+                self.consumers[source].append((node, slot, number))
+                if source not in seen:
+                    seen.add(source)
+                    stack.append(source)
+        order: list[Node] = []
+        ready = [node for node in dict.fromkeys(roots) if waiting[node] == 0]
+        while ready:
+            node = ready.pop()
+            order.append(node)
+            for source, _ in node.next_functions:
+                if source is None:
+                    continue
+                waiting[source] -= 1
+                if waiting[source] == 0:
+                    ready.append(source)
+        return order
+
+    def leaf(self, node: Node | None) -> str | None:
+        """Name of the leaf a node accumulates into, directly or through a cast (casts are the identity), or None."""
+        while node is not None and kind_of(node) == "ToCopyBackward":
+            node = node.next_functions[0][0]
+        if node is None or node.name() != ACCUMULATE:
+            return None
+        return self.leaves.name(node.variable)
+
+    def tau(self, record: OpRecord) -> Tau:
+        """The smooth part above a record: its leaves with the number of paths' ends, and the records it reads."""
+        if record not in self._tau:
+            self._tau[record] = self._walk_tau(record)
+        return self._tau[record]
+
+    def _walk_tau(self, record: OpRecord) -> Tau:
+        users: dict[str, list[Node]] = defaultdict(list)
+        sources: dict[OpRecord, None] = {}
+        seen: set[Node] = set()
+        stack: list[Node] = []
+
+        def visit(node: Node | None, user: Node) -> None:
+            if node is None:
+                return
+            if node in self.record_of:
+                sources[self.record_of[node]] = None
+                return
+            name = self.leaf(node)
+            if name is not None:
+                users[name].append(user)
+            elif node not in seen:
+                seen.add(node)
+                stack.append(node)
+
+        visit(record.edge[0], record.node)
+        while stack:
+            user = stack.pop()
+            for source, _ in user.next_functions:
+                visit(source, user)
+        return Tau({name: tuple(nodes) for name, nodes in users.items()}, tuple(sources))
+
+
+@dataclass(frozen=True)
+class Tau:
+    """Leaves tau_l reads (name -> the nodes that use it, once for each use) and the records whose outputs it reads."""
+
+    leaves: dict[str, tuple[Node, ...]]
+    sources: tuple[OpRecord, ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Layer:
+    """Recorded operations whose w_l intersect, transitively; ``leaves`` is the union of their w_l."""
+
+    records: tuple[OpRecord, ...]
+    leaves: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        return self.records[0].name
+
+
+@dataclass(frozen=True)
+class Order:
+    """Layers from the input to the loss.
+
+    ``own``: w_l of every record, the leaves of tau_l that no operation upstream reads. ``upstream``: every leaf its y
+    depends on otherwise. ``problem``: why the parameters cannot be ordered by depth, or "".
+    """
+
+    layers: tuple[Layer, ...]
+    own: dict[OpRecord, frozenset[str]]
+    upstream: dict[OpRecord, frozenset[str]]
+    problem: str
+
+
+def order_layers(taus: dict[OpRecord, Tau]) -> Order:
+    """Group records into layers and sort the layers topologically.
+
+    A value that skips a nonsmooth operation (``x + f(relu(x))`` with ``x`` affine) brings leaves of an earlier layer
+    into tau_l; they stay with the earlier layer, as if ``x`` were one of its outputs. A leaf that is used again
+    downstream of its own layer is weight tying, which the layered theorems do not cover: ``problem`` says so. So does a
+    circle between layers.
+    """
+    above = _upstream(taus)
+    upstream_of = {
+        record: frozenset(leaf for source in above[record] for leaf in taus[source].leaves) for record in taus
+    }
+    own = {record: frozenset(taus[record].leaves) - upstream_of[record] for record in taus}
+    upstream = {record: (upstream_of[record] | frozenset(taus[record].leaves)) - own[record] for record in taus}
+    groups = _groups(taus, own)
+    leaves = [frozenset(leaf for record in group for leaf in own[record]) for group in groups]
+    problems = [problem for record in taus for problem in _tied(record, taus, above)]
+    home = {leaf: index for index, members in enumerate(leaves) for leaf in members}
+    before: list[set[int]] = []
+    for index, group in enumerate(groups):
+        needed = {home[leaf] for record in group for leaf in upstream[record] if leaf in home}
+        if index in needed:
+            problems.append(f"the parameters of {group[0].name} cannot be ordered by depth")
+        before.append(needed - {index})
+    order: list[int] = []
+    left = list(range(len(groups)))
+    while left:
+        free = [index for index in left if not before[index] - set(order)]
+        if not free:
+            problems.append("layers that share parameters depend on each other in a circle")
+            order += left
+            break
+        order += free
+        left = [index for index in left if index not in set(free)]
+    layers = tuple(Layer(tuple(groups[i]), tuple(sorted(leaves[i]))) for i in order)
+    return Order(layers, own, upstream, problems[0] if problems else "")
+
+
+def _tied(record: OpRecord, taus: dict[OpRecord, Tau], above: dict[OpRecord, set[OpRecord]]) -> list[str]:
+    """Leaves this record's tau uses in a node that no operation upstream shares, though one upstream uses the leaf."""
+    found = []
+    for leaf, users in taus[record].leaves.items():
+        others = [source for source in above[record] if leaf in taus[source].leaves]
+        known = {user for source in others for user in taus[source].leaves[leaf]}
+        if others and not set(users) <= known:
+            found.append(
+                f"weight tying: parameter {leaf} is used by {others[0].name} and again by {record.name} downstream of it"
+            )
+    return found
+
+
+def _groups(taus: dict[OpRecord, Tau], own: dict[OpRecord, frozenset[str]]) -> list[list[OpRecord]]:
+    parent = {record: record for record in taus}
+
+    def root(record: OpRecord) -> OpRecord:
+        while parent[record] is not record:
+            parent[record] = parent[parent[record]]
+            record = parent[record]
+        return record
+
+    owner: dict[str, OpRecord] = {}
+    for record in taus:
+        for leaf in own[record]:
+            first = owner.setdefault(leaf, record)
+            parent[root(record)] = root(first)
+    groups: dict[OpRecord, list[OpRecord]] = defaultdict(list)
+    for record in taus:
+        groups[root(record)].append(record)
+    return list(groups.values())
+
+
+def _upstream(taus: dict[OpRecord, Tau]) -> dict[OpRecord, set[OpRecord]]:
+    found: dict[OpRecord, set[OpRecord]] = {}
+    for start in taus:
+        stack = [start]
+        while stack:
+            record = stack[-1]
+            missing = [source for source in taus[record].sources if source not in found]
+            if record in found or not missing:
+                if record not in found:
+                    direct = taus[record].sources
+                    found[record] = set(direct).union(*(found[source] for source in direct))
+                stack.pop()
+            else:
+                stack += missing
+    return found

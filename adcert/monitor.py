@@ -1,0 +1,293 @@
+"""The per-step driver: ``certify`` for one step, ``Monitor`` for a training run with its log."""
+
+from __future__ import annotations
+
+import json
+import os
+
+import time
+from collections import Counter, defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TextIO
+
+import torch
+from torch import Tensor
+
+from . import records
+from .analysis import StepAnalysis
+from .audit import Watch
+from .certificate import Certificate, Verdict
+from .errors import AdcertError, UncertifiedError
+from .records import Recorder
+
+ON_FAIL = ("record", "raise")
+
+
+class Step:
+    """One monitored step. ``summary`` and :meth:`certificate` are there once the ``with`` block has ended."""
+
+    def __init__(self, number: int, model: torch.nn.Module, names: dict[int, str], strict: bool) -> None:
+        self.number = number
+        self._analysis: StepAnalysis | None = StepAnalysis(model, strict)
+        self._recorder = Recorder(names)
+        self._watch: Watch | None = Watch(self._recorder, self._on_root)
+        self._began = time.perf_counter()
+        self._certificate: Certificate | None = None
+        self._gradients: list[Tensor] = []
+        self.summary: dict[str, Any] = {}
+
+    def loss(self, loss: Tensor) -> Tensor:
+        """Name a root explicitly, before its backward pass runs out of sight (in C++, say). Returns the loss."""
+        if self._analysis is None:
+            raise AdcertError("step.loss(...) was called after the step had ended")
+        self._on_root([loss], None, False)
+        return loss
+
+    def certificate(self) -> Certificate:
+        """The step's certificate.
+
+        Raises:
+            AdcertError: inside the step's ``with`` block, or if the block was left by an exception.
+        """
+        if self._certificate is None:
+            raise AdcertError("this step has no certificate: its block is still running or was left by an exception")
+        return self._certificate
+
+    def _on_root(self, roots: list[Tensor], inputs: Any, keep: bool) -> None:
+        analysis, watch = self._analysis, self._watch
+        if analysis is None or watch is None:
+            return
+        start = time.perf_counter()
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            analysis.root(roots, inputs, watch)
+        if not keep:
+            for record in self._recorder.records:
+                record.release()
+        analysis.seconds["analysis"] += time.perf_counter() - start
+
+    @contextmanager
+    def _running(self) -> Iterator[None]:
+        assert self._watch is not None
+        with records.recording(self._recorder), self._watch:
+            yield
+
+    def _finish(self) -> Certificate:
+        analysis, watch = self._analysis, self._watch
+        assert analysis is not None and watch is not None
+        start = time.perf_counter()
+        certificate = analysis.certificate(_gradient_problems(analysis), watch.assumptions)
+        now = time.perf_counter()
+        analysis.seconds["analysis"] += now - start
+        certificate.seconds.update(analysis.seconds, step=now - self._began)
+        self._certificate = certificate
+        self.summary = summarize(self.number, certificate)
+        self._release()
+        return certificate
+
+    def _release(self) -> None:
+        """Nothing of the step's graph outlives the step."""
+        self._recorder.clear()
+        self._analysis = self._watch = None
+
+
+def _gradient_problems(analysis: StepAnalysis) -> list[str]:
+    for name, tensor in analysis.leaves.trainable().items():
+        if tensor.grad is not None and not bool(torch.isfinite(tensor.grad.sum())):
+            if not bool(torch.isfinite(tensor.grad).all()):
+                return [f"the gradient of {name} is not finite"]
+    return []
+
+
+def summarize(number: int, certificate: Certificate) -> dict[str, Any]:
+    """One line of the log: the verdict, totals, and the same per layer."""
+    counts = ("windows", "ties", "touches", "differing", "rows", "blocks", "exemptions")
+    layers = [{"name": layer.name, **{key: getattr(layer, key) for key in counts}} for layer in certificate.layers]
+    exemptions: Counter[str] = Counter()
+    for layer in certificate.layers:
+        exemptions.update(layer.exemptions)
+    return {
+        "step": number, "verdict": str(certificate.verdict.value), "reasons": list(certificate.reasons),
+        "system": certificate.system, "claim": certificate.claim,
+        **{key: sum(layer[key] for layer in layers) for key in counts[:-1]},
+        "exemptions": dict(exemptions),
+        "seconds": {key: round(value, 6) for key, value in certificate.seconds.items()},
+        "assumptions": list(certificate.assumptions), "layers": layers,
+    }  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Report:
+    """Totals of a run; also the last line of its log. ``reasons``: reason -> number of steps that gave it."""
+
+    steps: int = 0
+    certified: int = 0
+    uncertified: int = 0
+    undecided: int = 0
+    aborted: int = 0
+    windows: int = 0
+    ties: int = 0
+    touches: int = 0
+    differing: int = 0
+    rows: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    reasons: dict[str, int] = field(default_factory=dict)
+    layers: dict[str, dict[str, int]] = field(default_factory=dict)
+
+
+class Monitor:
+    """Certifies every step of a training run.
+
+    Args:
+        model: the model, converted or not; its parameters name the certificate's.
+        on_fail: what a step that is not certified does: "record" (default), or "raise" an
+            :class:`~adcert.errors.UncertifiedError` when its block ends.
+        log: path of a JSON-lines file, one object per step and the report at the end; appended to if it exists.
+        strict: use the paper's Algorithm 1 only.
+        keep: how many of the latest certificates ``certificates`` holds.
+
+    Raises:
+        AdcertError: for arguments it does not know.
+
+    Example:
+        >>> import torch, adcert
+        >>> model = adcert.convert(torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.ReLU(), torch.nn.Linear(4, 1)))
+        >>> with adcert.Monitor(model) as monitor:
+        ...     with monitor.step() as step:
+        ...         model(torch.ones(2, 3)).sum().backward()
+        >>> step.certificate().verdict.value, monitor.report().certified
+        ('certified', 1)
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, on_fail: str = "record", log: str | os.PathLike[str] | None = None,
+        strict: bool = False, *, keep: int = 16,
+    ) -> None:  # fmt: skip
+        if on_fail == "repair":
+            raise AdcertError('on_fail="repair" is not built yet; use "record" or "raise"')
+        if on_fail not in ON_FAIL:
+            raise AdcertError(f"on_fail must be one of {ON_FAIL}, got {on_fail!r}")
+        if not isinstance(model, torch.nn.Module):
+            raise AdcertError(f"Monitor needs the torch.nn.Module that is trained, got {type(model).__name__}")
+        self.model = model
+        self.on_fail = on_fail
+        self.strict = strict
+        self.certificates: deque[Certificate] = deque(maxlen=keep)
+        self._path = None if log is None else Path(log)
+        self._log: TextIO | None = None
+        self._totals: Counter[str] = Counter()
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._reasons: Counter[str] = Counter()
+        self._layers: dict[str, Counter[str]] = {}
+        self._thread: int | None = None
+
+    def __enter__(self) -> Monitor:
+        if self._path is not None and self._log is None:
+            try:
+                self._log = self._path.open("a", encoding="utf-8")
+            except OSError as error:
+                raise AdcertError(f"cannot write the log {self._path}: {error}") from error
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Write the report as the last line of the log and close it. Calling it again does nothing."""
+        if self._log is not None:
+            self._write({"report": asdict(self.report())})
+            self._log.close()
+            self._log = None
+
+    @contextmanager
+    def step(self) -> Iterator[Step]:
+        """Monitor one step: everything the model computes in the block, and every backward pass of it.
+
+        Raises:
+            AdcertError: if a step is already running on this thread.
+            UncertifiedError: with ``on_fail="raise"``, if the step is not certified.
+        """
+        if records.active() is not None:
+            raise AdcertError("a monitored step is already running on this thread: steps do not nest")
+        names = {id(module): name for name, module in self.model.named_modules()}
+        step = Step(self._totals["steps"] + 1, self.model, names, self.strict)
+        self._totals["steps"] += 1
+        try:
+            with step._running():
+                yield step
+        except BaseException:
+            self._totals["aborted"] += 1
+            step._release()
+            raise
+        certificate = step._finish()
+        self._account(step, certificate)
+        if self.on_fail == "raise" and certificate.verdict is not Verdict.CERTIFIED:
+            raise UncertifiedError(f"step {step.number} is {certificate.verdict.value}: " + "; ".join(certificate.reasons))
+
+    def _account(self, step: Step, certificate: Certificate) -> None:
+        summary = step.summary
+        self.certificates.append(certificate)
+        self._totals[certificate.verdict.value] += 1
+        for key in ("windows", "ties", "touches", "differing", "rows"):
+            self._totals[key] += summary[key]
+        for stage, seconds in summary["seconds"].items():
+            self._seconds[stage] += seconds
+        self._reasons.update(summary["reasons"])
+        for layer in summary["layers"]:
+            total = self._layers.setdefault(layer["name"], Counter())
+            for key in ("windows", "ties", "touches", "differing", "rows"):
+                total[key] += layer[key]
+            total["steps_differing"] += layer["differing"] > 0
+        if self._log is not None:
+            self._write(summary)
+
+    def _write(self, line: dict[str, Any]) -> None:
+        assert self._log is not None
+        self._log.write(json.dumps(line) + "\n")
+        self._log.flush()
+
+    def report(self) -> Report:
+        """Totals so far. ``layers``: per layer the totals, and in how many steps S_j \\ T_j was nonempty somewhere."""
+        names = ("steps", "certified", "uncertified", "undecided", "aborted", "windows", "ties", "touches", "differing", "rows")
+        totals = {name: int(self._totals[name]) for name in names}
+        layers = {name: dict(total) for name, total in self._layers.items()}
+        return Report(**totals, seconds=dict(self._seconds), reasons=dict(self._reasons), layers=layers)
+
+
+def certify(closure: Callable[[], Tensor], model: torch.nn.Module, strict: bool = False) -> Certificate:
+    """Run one forward and backward pass and tell whether AD's gradient is a Clarke subgradient.
+
+    Args:
+        closure: returns the scalar loss; it must not call backward. Gradients accumulate into ``.grad`` as usual.
+        model: names the parameters; functional calls inside the closure are seen as well.
+        strict: the paper's Algorithm 1 (Theorem 8) only, without E1-E4.
+
+    Returns:
+        A :class:`Certificate`: CERTIFIED means the gradient, up to rounding, is an element of the Bouligand
+        subdifferential of the loss around the recorded values (THEORY.md section 7).
+
+    Raises:
+        AdcertError: if the closure does not return a scalar tensor that requires grad, or a step is running already.
+
+    Example:
+        >>> import torch, adcert
+        >>> w = torch.nn.Parameter(torch.zeros(1))
+        >>> model = torch.nn.ParameterList([w])
+        >>> adcert.certify(lambda: (torch.relu(w) - torch.relu(-w)).sum(), model).verdict.value
+        'uncertified'
+    """
+    with Monitor(model, strict=strict).step() as step:
+        loss = closure()
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            raise AdcertError("the closure must return the loss as a tensor with one element")
+        if not loss.requires_grad:
+            raise AdcertError("the loss does not require grad: nothing trainable was used, or grad mode is off")
+        loss.backward()  # type: ignore[no-untyped-call]
+    return step.certificate()
+
+

@@ -1,0 +1,163 @@
+"""What a forward pass saw: touches and ties, as structs of tensors on the device they came from.
+
+A :class:`Recorder` is active on one thread while a step runs. The modules of :mod:`adcert.nn` and the function
+mode of :mod:`adcert.audit` hand their inputs to it; it runs the recording kernels of :mod:`adcert.ops` and keeps
+one :class:`OpRecord` for each call. Outside a step nothing is active and nothing is recorded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import ops
+
+Node = Any  # torch.autograd.graph.Node; C++ nodes are not instances of the Python class
+
+
+@dataclass(frozen=True)
+class Window:
+    """Geometry of a two-dimensional pooling window, each entry (height, width)."""
+
+    kernel: tuple[int, int]
+    stride: tuple[int, int]
+    padding: tuple[int, int]
+    dilation: tuple[int, int]
+
+
+@dataclass(frozen=True, eq=False)
+class Ties:
+    """Argmax sets of a max pooling.
+
+    ``windows``: int64 [T], flat output indices (logical row-major) of windows with two or more maximisers.
+    ``members``: int64 [T, W], bit ``kh * KW + kw`` is set iff that cell attains the maximum.
+    ``offsets``: in-window offset of the member AD selects, for every output.
+    """
+
+    windows: Tensor
+    members: Tensor
+    offsets: Tensor
+    window: Window
+
+
+@dataclass(eq=False)
+class OpRecord:
+    """One nonsmooth operation of the step: ``z = phi(rho(y))`` in the notation of THEORY.md section 1.
+
+    ``relu``: rho is the ReLU (proxy 0 at its kink), else the identity. ``ties`` is None when phi is the identity.
+    ``node`` is the autograd node of the output; its first input edge leads to y. ``touches``: int64 [M], flat
+    indices of y with ``y == 0``. ``output`` shares its memory with z, at version ``version``; it is let go when the
+    graph's last backward pass starts.
+    """
+
+    name: str
+    node: Node
+    relu: bool
+    ties: Ties | None
+    touches: Tensor
+    nonfinite: Tensor
+    output: Tensor
+    version: int
+    input_shape: tuple[int, ...]
+    released: bool = False
+
+    @property
+    def edge(self) -> tuple[Node, int]:
+        """The autograd edge of y: (node, output number); the node is None where y is constant."""
+        edge: tuple[Node, int] = self.node.next_functions[0]
+        return edge
+
+    def release(self) -> None:
+        """Let go of the activations; the counts stay."""
+        self.released = True
+        self.output = self.output.new_empty(0)
+        if self.ties is not None:
+            self.ties = None
+
+    def altered(self) -> bool:
+        """True if the output was modified in place after it was recorded."""
+        return bool(self.output._version != self.version)
+
+
+class Recorder:
+    """Collects the records of one step. Not thread-safe: one recorder belongs to one thread."""
+
+    def __init__(self, names: dict[int, str] | None = None) -> None:
+        self.records: list[OpRecord] = []
+        self._names = names or {}
+        self._uses: dict[str, int] = {}
+
+    def clear(self) -> None:
+        self.records.clear()
+        self._uses.clear()
+
+    def name_of(self, module: object, default: str) -> str:
+        """Qualified name of a module in the monitored model, or ``default``."""
+        return self._names.get(id(module), default)
+
+    def relu(self, x: Tensor, name: str, *, inplace: bool = False) -> Tensor:
+        """``torch.relu`` (in place if asked), recording the units that touch the kink at 0."""
+        if not _differentiable(x):
+            return F.relu(x, inplace=inplace)
+        with torch._C.DisableTorchFunction():
+            if inplace:
+                seen = ops.touches(x)
+                output, touches, nonfinite = torch.relu_(x), seen.touches, seen.nonfinite
+            else:
+                output, touches, nonfinite = ops.relu(x)
+        self._add(name, output, tuple(x.shape), True, None, touches, nonfinite)
+        return output
+
+    def max_pool2d(self, x: Tensor, name: str, window: Window, *, ceil_mode: bool, relu: bool = False) -> Tensor:
+        """``max_pool2d`` of ``x``, or of ``relu(x)``, recording touches and ties in the same pass."""
+        geometry = window.kernel, window.stride, window.padding, window.dilation
+        if not _differentiable(x):
+            a = F.relu(x) if relu else x
+            output: Tensor = F.max_pool2d(a, *geometry, ceil_mode)
+            return output
+        with torch._C.DisableTorchFunction():
+            result = ops.max_pool2d(x, *geometry, ceil_mode, relu=relu)
+        ties = Ties(result.windows, result.members, result.offsets, window)
+        self._add(name, result.output, tuple(x.shape), relu, ties, result.touches, result.nonfinite)
+        return result.output
+
+    def _add(
+        self, name: str, output: Tensor, shape: tuple[int, ...], relu: bool, ties: Ties | None, touches: Tensor,
+        nonfinite: Tensor,
+    ) -> None:  # fmt: skip
+        uses = self._uses[name] = self._uses.get(name, 0) + 1
+        unique = name if uses == 1 else f"{name}#{uses}"
+        with torch._C.DisableTorchFunction():
+            kept = output.detach()
+        record = OpRecord(unique, output.grad_fn, relu, ties, touches, nonfinite, kept, output._version, shape)
+        self.records.append(record)
+
+
+def _differentiable(x: Tensor) -> bool:
+    return x.requires_grad and torch.is_grad_enabled() and x.is_floating_point()
+
+
+_state = threading.local()
+
+
+def active() -> Recorder | None:
+    """The recorder of the step that is running on this thread, or None."""
+    recorder: Recorder | None = getattr(_state, "recorder", None)
+    return recorder
+
+
+@contextlib.contextmanager
+def recording(recorder: Recorder) -> Iterator[Recorder]:
+    """Make ``recorder`` the active one of this thread; the caller has checked that none is."""
+    _state.recorder = recorder
+    try:
+        yield recorder
+    finally:
+        _state.recorder = None

@@ -1,0 +1,180 @@
+"""The audit: values that leave the autograd graph and come back, roots, functional calls."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import adcert
+from adcert import Verdict, certify
+
+
+def verdict(function: Callable[[Tensor], Tensor], value: float = 0.0) -> adcert.Certificate:
+    w = nn.Parameter(torch.tensor([value], dtype=torch.float64))
+    return certify(lambda: function(w).sum(), nn.ParameterList([w]))
+
+
+def buffer_write(w: Tensor) -> Tensor:
+    buffer = torch.zeros(1, dtype=torch.float64)
+    buffer[0] = (w > 0).double()[0]
+    return w * buffer
+
+
+def alias_write(w: Tensor) -> Tensor:
+    buffer = torch.zeros(1, dtype=torch.float64)
+    view = buffer.view(1)
+    view.copy_((w > 0).double())
+    return w * buffer
+
+
+HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {
+    "mask": lambda w: w * (w > 0) - (-w) * (-w > 0),
+    "boolean index": lambda w: w[w > 0].sum() - (-w)[-w > 0].sum(),
+    "where": lambda w: torch.where(w == 0, torch.zeros_like(w), w),
+    "sign of a detached value": lambda w: w * torch.sign(w.detach()),
+    "data": lambda w: w * (w.data > 0),
+    "argmax": lambda w: torch.cat([w, -w])[torch.cat([w, -w]).argmax()],
+    "transposed mask": lambda w: w.view(1, 1) * (w.view(1, 1) > 0).T,
+    "cast mask": lambda w: w * (w > 0).to(torch.float64),
+    "written buffer": buffer_write,
+    "written alias": alias_write,
+    "detached leaf": lambda w: w + w.detach().requires_grad_() * w,
+    "out": lambda w: w * torch.gt(w, 0, out=torch.empty(1, dtype=torch.bool)),
+    "gather": lambda w: torch.cat([w, -w]).gather(0, torch.cat([w, -w]).argsort()[:1]),
+}
+
+
+@pytest.mark.parametrize("name", HIDDEN)
+def test_hidden_branches_are_undecided(name: str) -> None:
+    certificate = verdict(HIDDEN[name])
+    assert certificate.verdict is Verdict.UNDECIDED
+    assert any("autograd does not see" in reason for reason in certificate.reasons), certificate.reasons
+
+
+HARMLESS: dict[str, Callable[[Tensor], Tensor]] = {
+    "shape": lambda w: w * torch.zeros_like(w) + w.new_ones(1),
+    "constant mask": lambda w: w * (torch.arange(1) >= 0),
+    "integer index": lambda w: w[torch.tensor([0, 0])],
+    "constant where": lambda w: torch.where(torch.tensor([True]), w, 2 * w),
+    "logging": lambda w: w * 2 + 0 * float((w > 0).sum() * 0),
+}
+
+
+@pytest.mark.parametrize("name", HARMLESS)
+def test_harmless_uses_are_certified(name: str) -> None:
+    assert verdict(HARMLESS[name]).verdict is Verdict.CERTIFIED
+
+
+def test_statistics_that_do_not_reach_the_loss_are_harmless() -> None:
+    def loss(w: Tensor) -> Tensor:
+        hits = ((w > 0) * 1.0).sum()  # an accuracy, say
+        hits += 1
+        return w * 3
+
+    assert verdict(loss).verdict is Verdict.CERTIFIED
+
+
+def test_branches_and_no_grad_values_are_listed_as_assumptions() -> None:
+    def branch(w: Tensor) -> Tensor:
+        with torch.no_grad():
+            scale = w.abs() + 1
+        return w * scale if bool((w >= 0).all()) else -w
+
+    certificate = verdict(branch)
+    assert certificate.verdict is Verdict.CERTIFIED
+    assert any("__bool__" in line for line in certificate.assumptions)
+    assert any("no_grad" in line for line in certificate.assumptions)
+
+
+def test_numpy_round_trip_is_an_assumption() -> None:
+    def detour(w: Tensor) -> Tensor:
+        return w * torch.from_numpy(np.sign(w.detach().numpy()))
+
+    assert any("numpy" in line for line in verdict(detour).assumptions)
+
+
+SINGULAR: dict[str, Callable[[Tensor], Tensor]] = {
+    "SqrtBackward0": lambda w: torch.sqrt(w**2),
+    "PowBackward0": lambda w: (w**2) ** 0.5,
+    "LogBackward0": lambda w: torch.log(1 + w * 0 - 1 + w * w),
+    "DivBackward0": lambda w: 1 / (1 + 1 / w),
+    "RsqrtBackward0": lambda w: torch.rsqrt(w * w),
+}
+
+
+@pytest.mark.parametrize("name", SINGULAR)
+def test_singular_points_are_undecided(name: str) -> None:
+    assert verdict(SINGULAR[name]).verdict is Verdict.UNDECIDED
+    assert verdict(SINGULAR[name], 1.5).verdict is Verdict.CERTIFIED
+
+
+@pytest.mark.parametrize(
+    "function",
+    [torch.relu, Tensor.relu, nn.functional.relu, lambda w: torch.relu_(w * 1), lambda w: (w * 1).relu_(), nn.ReLU()],
+)
+def test_functional_relus_are_recorded(function: Callable[[Tensor], Tensor]) -> None:
+    certificate = verdict(lambda w: function(w) + 1)
+    assert certificate.verdict is Verdict.CERTIFIED
+    assert [layer.touches for layer in certificate.layers] == [1]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda w: torch.max_pool2d(w, 2),
+        lambda w: nn.functional.max_pool2d(w, (2, 2), stride=None),
+        lambda w: nn.functional.max_pool2d(input=w, kernel_size=2, stride=2, padding=0),
+        nn.MaxPool2d(2),
+    ],
+)
+def test_functional_poolings_are_recorded(function: Callable[[Tensor], Tensor]) -> None:
+    w = nn.Parameter(torch.ones(1, 1, 2, 2, dtype=torch.float64))
+    certificate = certify(lambda: function(w).sum(), nn.ParameterList([w]))
+    assert certificate.verdict is Verdict.CERTIFIED
+    assert [layer.ties for layer in certificate.layers] == [1]
+    assert certificate.directions["0"].flatten().argmax() == 0  # the first maximiser must win
+
+
+def test_return_indices_is_named() -> None:
+    w = nn.Parameter(torch.ones(1, 1, 2, 2))
+    certificate = certify(lambda: nn.functional.max_pool2d(w, 2, return_indices=True)[0].sum(), nn.ParameterList([w]))
+    assert certificate.verdict is Verdict.UNDECIDED
+    assert "MaxPool2DWithIndicesBackward0" in certificate.reasons[0]
+
+
+def test_custom_functions_are_named() -> None:
+    class Twice(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: object, x: Tensor) -> Tensor:
+            return 2 * x
+
+        @staticmethod
+        def backward(ctx: object, g: Tensor) -> Tensor:  # type: ignore[override]
+            return 2 * g
+
+    certificate = verdict(lambda w: Twice.apply(w))
+    assert certificate.verdict is Verdict.UNDECIDED
+    assert "TwiceBackward" in certificate.reasons[0]
+
+
+def test_gradients_that_are_not_the_functions_are_undecided() -> None:
+    table = nn.Embedding(3, 2, padding_idx=0)
+    certificate = certify(lambda: table(torch.tensor([0, 1])).sum(), table)
+    assert certificate.verdict is Verdict.UNDECIDED
+    assert "EmbeddingBackward0" in certificate.reasons[0]
+    plain = nn.Embedding(3, 2)
+    assert certify(lambda: plain(torch.tensor([0, 1])).sum(), plain).verdict is Verdict.CERTIFIED
+    assert verdict(lambda w: torch.div(w, 2, rounding_mode="floor") + w).verdict is Verdict.UNDECIDED
+
+
+def test_foreign_leaves_and_hooks_are_listed() -> None:
+    w, x = nn.Parameter(torch.ones(1)), torch.ones(1, requires_grad=True)
+    w.register_hook(lambda g: 2 * g)
+    certificate = certify(lambda: (w * x).sum(), nn.ParameterList([w]))
+    assert certificate.verdict is Verdict.CERTIFIED
+    assert any("leaf0" in line for line in certificate.assumptions)
+    assert any("hooks on 0" in line for line in certificate.assumptions)
