@@ -1,0 +1,228 @@
+"""The training job itself: no printing here, so that the display and the tests share it."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import time
+from collections import Counter
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import convert, data, models
+from ..certificate import Verdict
+from ..monitor import Monitor
+
+LEARNING_RATE = 0.05
+MOMENTUM = 0.9
+WEIGHT_DECAY = 1e-4
+COUNTS = ("windows", "ties", "touches", "differing", "rows", "blocks")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to train. Of `epochs` and `steps` the one that ends first counts, without either one epoch;
+    `plain` trains stock modules without a monitor.
+    """
+
+    model: str = "resnet18"
+    data: str = "photos"
+    epochs: int | None = None
+    steps: int | None = None
+    batch_size: int = 128
+    seed: int = 0
+    log: Path | None = None
+    strict: bool = False
+    plain: bool = False
+    certificates: Path | None = None
+    only_failed: bool = False
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One step. `seconds`: wall clock of the whole step; `summary`: the monitor's record, None if plain;
+    `test_accuracy`: measured at the end of an epoch and of the run, else None.
+    """
+
+    step: int
+    loss: float
+    accuracy: float
+    seconds: float
+    summary: dict[str, Any] | None
+    test_accuracy: float | None
+
+    @property
+    def verdict(self) -> str:
+        """The step's verdict, "plain" without a monitor."""
+        return self.summary["verdict"] if self.summary else "plain"
+
+    @property
+    def analysis(self) -> float:
+        """Seconds of the step that the monitor spent in its analysis."""
+        return float(self.summary["seconds"]["analysis"]) if self.summary else 0.0
+
+
+@dataclass
+class LayerTotals:
+    """Sums over the steps of one layer; `steps_differing`: steps with a window whose S_j and T_j differ."""
+
+    counts: Counter[str] = field(default_factory=Counter)
+    exemptions: Counter[str] = field(default_factory=Counter)
+    steps_differing: int = 0
+
+    def add(self, layer: dict[str, Any]) -> None:
+        """Add one layer of one step's summary."""
+        self.counts.update({name: layer[name] for name in COUNTS})
+        self.exemptions.update(layer["exemptions"])
+        self.steps_differing += layer["differing"] > 0
+
+
+@dataclass
+class Outcome:
+    """A finished (or interrupted) run. `report`: the monitor's totals; `digest`: SHA-256 of the final state
+    dict, for comparing two runs bit by bit.
+    """
+
+    job: Job
+    planned: int
+    parameters: int
+    results: list[StepResult] = field(default_factory=list)
+    layers: dict[str, LayerTotals] = field(default_factory=dict)
+    report: dict[str, Any] | None = None
+    digest: str = ""
+    interrupted: bool = False
+
+    def as_dict(self) -> dict[str, Any]:
+        """The run as plain data for `--json`."""
+        last = self.results[-1] if self.results else None
+        tests = [r.test_accuracy for r in self.results if r.test_accuracy is not None]
+        return {
+            "job": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self.job).items()},
+            "parameters": self.parameters,
+            "steps": len(self.results),
+            "steps_planned": self.planned,
+            "interrupted": self.interrupted,
+            "loss": last.loss if last else None,
+            "accuracy": last.accuracy if last else None,
+            "test_accuracy": tests[-1] if tests else None,
+            "seconds": self.seconds(),
+            "weights_sha256": self.digest,
+            "report": self.report,
+            "layers": {
+                name: {**{k: totals.counts[k] for k in COUNTS}, "exemptions": dict(totals.exemptions)}
+                | {"steps_differing": totals.steps_differing}
+                for name, totals in self.layers.items()
+            },
+        }
+
+    def seconds(self) -> dict[str, float]:
+        """Wall clock: total of all steps, the median step, total and median share spent in the analysis."""
+        if not self.results:
+            return {}
+        return {
+            "steps": sum(r.seconds for r in self.results),
+            "median_step": median(r.seconds for r in self.results),
+            "analysis": sum(r.analysis for r in self.results),
+            "median_analysis_share": median(r.analysis / r.seconds for r in self.results),
+        }
+
+
+def run(job: Job, on_step: Callable[[Outcome, StepResult], None]) -> Outcome:
+    """Train, calling `on_step` after every step. An interrupt (Ctrl-C) ends the run after the current step.
+
+    SGD with momentum 0.9, weight decay 1e-4, learning rate 0.05 falling to 0 along a cosine.
+    """
+    images = data.load(job.data, 8 if (job.model, job.data) == ("fnn-relu", "digits") else data.CROP)
+    loader = data.Loader(images, job.batch_size, job.seed)
+    per_epoch = len(loader)
+    by_epochs = per_epoch * (job.epochs or 1)
+    if job.steps is None:
+        planned = by_epochs
+    else:
+        planned = job.steps if job.epochs is None else min(job.steps, by_epochs)
+    loader.steps = planned
+    channels, size, _ = images.shape
+    model: nn.Module = models.build(job.model, len(images.classes), channels, size, job.seed)
+    outcome = Outcome(job, planned, sum(p.numel() for p in model.parameters()))
+    if not job.plain:
+        model = convert(model)
+    optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, planned)
+    monitor = None if job.plain else Monitor(model, log=job.log, strict=job.strict)
+    with monitor or nullcontext():
+        try:
+            for number, (x, y) in enumerate(loader, 1):
+                result = _step(model, optimizer, monitor, x, y, number, job)
+                schedule.step()
+                if number == planned or number % per_epoch == 0:
+                    result = dataclasses.replace(result, test_accuracy=_accuracy(model, *images.test))
+                _collect(outcome, result)
+                on_step(outcome, result)
+        except KeyboardInterrupt:
+            outcome.interrupted = True
+    if monitor is not None:
+        outcome.report = dataclasses.asdict(monitor.report())
+    outcome.digest = digest(model)
+    return outcome
+
+
+def _step(
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    monitor: Monitor | None,
+    x: Tensor,
+    y: Tensor,
+    number: int,
+    job: Job,
+) -> StepResult:
+    start = time.perf_counter()
+    optimizer.zero_grad()
+    with monitor.step() if monitor else nullcontext() as step:
+        output = model(x)
+        loss = nn.functional.cross_entropy(output, y)
+        loss.backward()  # type: ignore[no-untyped-call]
+    optimizer.step()
+    seconds = time.perf_counter() - start
+    correct = (output.detach().argmax(1) == y).float().mean().item()
+    if step is not None and job.certificates is not None:
+        certificate = step.certificate()
+        if not (job.only_failed and certificate.verdict is Verdict.CERTIFIED):
+            certificate.save(job.certificates / f"step-{number:06d}.adcert")
+    return StepResult(number, loss.item(), correct, seconds, step.summary if step else None, None)
+
+
+def _collect(outcome: Outcome, result: StepResult) -> None:
+    outcome.results.append(result)
+    for layer in result.summary["layers"] if result.summary else ():
+        outcome.layers.setdefault(layer["name"], LayerTotals()).add(layer)
+
+
+def _accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
+    """Share of right answers in eval mode; the model goes back to the mode it was in."""
+    mode = model.training
+    model.eval()
+    with torch.no_grad():
+        answers = torch.cat([model(part).argmax(1) for part in torch.split(x, 256)])
+    model.train(mode)
+    return float((answers == y).float().mean())
+
+
+def digest(model: nn.Module) -> str:
+    """SHA-256 over the names and bytes of the state dict: equal iff two models agree bit by bit.
+
+    Example:
+        >>> digest(nn.ReLU()) == digest(nn.Identity())
+        True
+    """
+    total = hashlib.sha256()
+    for name, value in sorted(model.state_dict().items()):
+        total.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+        total.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return total.hexdigest()

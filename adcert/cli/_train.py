@@ -1,0 +1,94 @@
+"""`adcert train`: train a network on the embedded data and certify every step."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+import torch
+import typer
+
+from ._console import console, error_console, print_json
+from ._loop import Job, Outcome, run
+from ._show import Display, show_outcome
+
+ModelName = Literal["resnet18", "resnet18-nobias", "vgg11", "vgg11-bn", "fnn-relu"]
+DataName = Literal["photos", "digits"]
+INTERRUPTED = 130
+
+
+def train(
+    model: Annotated[
+        ModelName, typer.Option(help="Network; the VGGs have half the usual channels.")
+    ] = "resnet18",
+    data: Annotated[
+        DataName,
+        typer.Option(
+            help="photos: 32x32 crops of ten photographs, one class each. digits: 8x8 handwritten digits."
+        ),
+    ] = "photos",
+    epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data (default 1).")] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=1, help="Number of steps; with --epochs, whichever ends first.")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Samples a step.")] = 128,
+    seed: Annotated[int, typer.Option(help="Seed of the initial weights and of the batches.")] = 0,
+    log: Annotated[
+        Path | None, typer.Option(dir_okay=False, help="Write one JSON line a step and a report at the end.")
+    ] = None,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Use the published Algorithm 1 only, without the sharper rules.")
+    ] = False,
+    check: Annotated[
+        bool, typer.Option("--check", help="Exit with status 1 if a step is not certified.")
+    ] = False,
+    plain: Annotated[
+        bool, typer.Option("--plain", help="Train the unconverted network without a monitor, for comparison.")
+    ] = False,
+    certificates: Annotated[
+        Path | None,
+        typer.Option(file_okay=False, metavar="DIR", help="Save the certificate of every step here."),
+    ] = None,
+    only_failed: Annotated[
+        bool, typer.Option("--only-failed", help="With --certificates: only of steps that are not certified.")
+    ] = False,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Threads of PyTorch (default: PyTorch's own choice).")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the result as one JSON document; progress goes to stderr.")
+    ] = False,
+) -> None:
+    """Train a network on real pictures and certify the gradient of every step.
+
+    SGD, momentum 0.9, learning rate 0.05 with a cosine, weight decay 1e-4. The data come with scikit-learn
+    and scikit-image (extra "train"); nothing is downloaded. The run depends on the seed alone: with --plain
+    the weights at the end are the same bit by bit.
+    """
+    if plain and (log or strict or check or certificates):
+        raise typer.BadParameter(
+            "--plain does not certify: it excludes --log, --strict, --check, --certificates"
+        )
+    if only_failed and certificates is None:
+        raise typer.BadParameter("--only-failed needs --certificates DIR")
+    if log is not None and not log.absolute().parent.is_dir():
+        raise typer.BadParameter(f"the directory of {log} does not exist", param_hint="--log")
+    if certificates is not None:
+        certificates.mkdir(parents=True, exist_ok=True)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    job = Job(model, data, epochs, steps, batch_size, seed, log, strict, plain, certificates, only_failed)
+    with Display(error_console()) as display:
+        outcome = run(job, display.update)
+    if as_json:
+        print_json(outcome.as_dict())
+    else:
+        show_outcome(console(), outcome)
+    _exit(outcome, check)
+
+
+def _exit(outcome: Outcome, check: bool) -> None:
+    if outcome.interrupted:
+        raise typer.Exit(INTERRUPTED)
+    if check and (outcome.report is None or outcome.report["certified"] != outcome.report["steps"]):
+        raise typer.Exit(1)

@@ -1,0 +1,278 @@
+"""The embedded data of the training job: nothing is downloaded.
+
+`photos`: 32x32 crops of ten colour photographs that ship inside the scikit-learn and scikit-image wheels, one
+class per photograph. `digits`: scikit-learn's 8x8 handwritten digits. Both need the extra `train`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.resources import files
+from typing import Final
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from .errors import AdcertError
+
+__all__ = ["DATA", "PHOTOS", "Crops", "Images", "Loader", "Table", "load"]
+
+PHOTOS: Final = (
+    ("china", "sklearn.datasets.images", "china.jpg"),
+    ("flower", "sklearn.datasets.images", "flower.jpg"),
+    ("astronaut", "skimage.data", "astronaut.png"),
+    ("cat", "skimage.data", "chelsea.png"),
+    ("coffee", "skimage.data", "coffee.png"),
+    ("rocket", "skimage.data", "rocket.jpg"),
+    ("galaxies", "skimage.data", "hubble_deep_field.jpg"),
+    ("retina", "skimage.data", "retina.jpg"),
+    ("tissue", "skimage.data", "ihc.png"),
+    ("motorcycle", "skimage.data", "motorcycle_left.png"),
+)
+DATA: Final = ("photos", "digits")
+CROP: Final = 32
+# ImageNet's channel means and deviations, a usual choice for photographs.
+PHOTO_MEAN: Final = (0.485, 0.456, 0.406)
+PHOTO_STD: Final = (0.229, 0.224, 0.225)
+PHOTO_EPOCH: Final = 6400
+TEST_TILES: Final = 48
+DIGIT_MEAN: Final = 0.3
+DIGIT_STD: Final = 0.375
+
+
+@dataclass(frozen=True)
+class Crops:
+    """Random crops with horizontal flips from one photograph per class.
+
+    Arguments:
+        photos: per class a uint8 tensor [3, H, W].
+        size: pixels a side of a crop.
+        length: samples that count as one epoch.
+    """
+
+    photos: tuple[Tensor, ...]
+    size: int
+    length: int
+
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """`length // batch_size` batches, x float32 [B, 3, size, size], y int64 [B]."""
+        for _ in range(self.length // batch_size):
+            yield self.draw(batch_size, generator)
+
+    def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """`count` samples: class, corner and flip uniform and independent."""
+        y = torch.randint(len(self.photos), (count,), generator=generator)
+        corners = torch.rand(count, 2, generator=generator, dtype=torch.float64)
+        flips = torch.rand(count, generator=generator) < 0.5
+        x = torch.empty(count, 3, self.size, self.size, dtype=torch.uint8)
+        for k, (label, (top, left)) in enumerate(zip(y.tolist(), corners.tolist(), strict=True)):
+            photo = self.photos[label]
+            i = int(top * (photo.shape[1] - self.size + 1))
+            j = int(left * (photo.shape[2] - self.size + 1))
+            x[k] = photo[:, i : i + self.size, j : j + self.size]
+        x[flips] = x[flips].flip(-1)
+        return _normalise(x), y
+
+
+@dataclass(frozen=True)
+class Table:
+    """A fixed table of images, visited in a new random order every epoch.
+
+    Arguments:
+        x: float32 [N, C, H, W], normalised.
+        y: int64 [N].
+    """
+
+    x: Tensor
+    y: Tensor
+
+    @property
+    def length(self) -> int:
+        """Samples in one epoch."""
+        return len(self.y)
+
+    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """`length // batch_size` full batches of a random permutation; the incomplete rest is left out."""
+        order = torch.randperm(self.length, generator=generator)
+        for k in range(self.length // batch_size):
+            chosen = order[k * batch_size : (k + 1) * batch_size]
+            yield self.x[chosen], self.y[chosen]
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set: where training batches come from, and a fixed test set that never overlaps with them.
+
+    Arguments:
+        name, classes: names for people.
+        shape: (channels, height, width) of one image.
+        train: a :class:`Crops` or a :class:`Table`.
+        test: (x, y), float32 [M, *shape] and int64 [M].
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    shape: tuple[int, int, int]
+    train: Crops | Table
+    test: tuple[Tensor, Tensor]
+
+
+@dataclass
+class Loader:
+    """Batches of `data.train`, the same ones for the same `seed` and epoch on every machine.
+
+    Each iteration is one epoch; `epoch` counts them and may be set to continue a run. Batches come from a
+    private torch.Generator: the random state of the program is neither used nor changed.
+
+    Arguments:
+        data: what to draw from.
+        batch_size: samples in every batch.
+        seed: any integer of at most 64 bits.
+        steps: batches in one iteration; default one epoch. More than an epoch runs into the next.
+
+    Errors:
+        AdcertError: a batch size or number of steps below 1, or a batch larger than the data set.
+
+    Example:
+        >>> images = Images("two", ("a", "b"), (1, 1, 1), Table(torch.zeros(4, 1, 1, 1), torch.arange(4) % 2),
+        ...                 (torch.zeros(0, 1, 1, 1), torch.zeros(0, dtype=torch.int64)))
+        >>> [tuple(y.shape) for _, y in Loader(images, batch_size=2)]
+        [(2,), (2,)]
+    """
+
+    data: Images
+    batch_size: int = 128
+    seed: int = 0
+    steps: int | None = None
+    epoch: int = 0
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1 or (self.steps is not None and self.steps < 1):
+            raise AdcertError(
+                f"batch size and steps must be at least 1, got {self.batch_size} and {self.steps}"
+            )
+        if self.batch_size > self.data.train.length:
+            raise AdcertError(
+                f"batch size {self.batch_size} is larger than the {self.data.train.length} training samples "
+                f"of {self.data.name!r}; choose a smaller one"
+            )
+
+    def __len__(self) -> int:
+        return self.steps if self.steps is not None else self.data.train.length // self.batch_size
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        left = len(self)
+        while left:
+            generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
+            self.epoch += 1
+            for batch in self.data.train.batches(self.batch_size, generator):
+                yield batch
+                left -= 1
+                if not left:
+                    return
+
+
+def load(name: str, size: int = CROP) -> Images:
+    """The data set `photos` or `digits` with square images of `size` pixels.
+
+    `photos`: values / 255, then (value - mean) / deviation per channel. Training crops lie in the left three
+    quarters of each photograph, test crops (at most 48 cells of a fixed grid) in the right quarter.
+    `digits`: 8x8, enlarged bilinearly to any other size; every fifth image is a test image.
+
+    Errors:
+        AdcertError: unknown name, a size that does not fit, or the extra `train` is not installed.
+    """
+    if name not in DATA:
+        raise AdcertError(f"unknown data {name!r}; known: {', '.join(DATA)}")
+    if size < 1:
+        raise AdcertError(f"images need at least one pixel a side, got size={size}")
+    return _photos(size) if name == "photos" else _digits(size)
+
+
+def _photos(size: int) -> Images:
+    left, right = [], []
+    for label, package, file in PHOTOS:
+        photo = _read(package, file)
+        cut = photo.shape[2] * 3 // 4
+        if size > min(photo.shape[1], photo.shape[2] - cut):
+            raise AdcertError(f"crops of {size} pixels do not fit the test region of photograph {label!r}")
+        left.append(photo[:, :, :cut].contiguous())
+        right.append(photo[:, :, cut:].contiguous())
+    test = [photo.unfold(1, size, size).unfold(2, size, size) for photo in right]  # [3, R, S, size, size]
+    tiles = [_spread(t.permute(1, 2, 0, 3, 4).reshape(-1, 3, size, size), TEST_TILES) for t in test]
+    labels = torch.cat([torch.full((len(t),), k, dtype=torch.int64) for k, t in enumerate(tiles)])
+    return Images(
+        "photos",
+        tuple(label for label, _, _ in PHOTOS),
+        (3, size, size),
+        Crops(tuple(left), size, PHOTO_EPOCH),
+        (_normalise(torch.cat(tiles)), labels),
+    )
+
+
+def _spread(tiles: Tensor, limit: int) -> Tensor:
+    """At most `limit` of the tiles, evenly spaced, so that large photographs do not dominate the accuracy."""
+    count = min(limit, len(tiles))
+    return tiles[torch.arange(count) * len(tiles) // count]
+
+
+def _digits(size: int) -> Images:
+    try:
+        bunch = import_module("sklearn.datasets").load_digits()
+    except ImportError as error:
+        raise AdcertError(_missing("scikit-learn")) from error
+    x = torch.from_numpy(np.asarray(bunch.images, dtype=np.float32) / np.float32(16)).unsqueeze(1)
+    if size != x.shape[-1]:
+        x = functional.interpolate(x, size=(size, size), mode="bilinear", align_corners=False)
+    x = (x - DIGIT_MEAN) / DIGIT_STD
+    y = torch.from_numpy(np.asarray(bunch.target, dtype=np.int64))
+    held = torch.arange(len(y)) % 5 == 4
+    return Images(
+        "digits",
+        tuple(str(digit) for digit in range(10)),
+        (1, size, size),
+        Table(x[~held], y[~held]),
+        (x[held], y[held]),
+    )
+
+
+def _read(package: str, file: str) -> Tensor:
+    """One bundled photograph as uint8 [3, H, W]; a grey one is repeated in all three channels."""
+    distribution = "scikit-learn" if package.startswith("sklearn") else "scikit-image"
+    try:
+        from PIL import Image
+
+        path = files(package).joinpath(file)
+    except ImportError as error:
+        raise AdcertError(_missing(distribution)) from error
+    if not path.is_file():
+        raise AdcertError(
+            f"the installed {distribution} does not ship {file}; install the versions of requirements/"
+        )
+    with path.open("rb") as stream, Image.open(stream) as image:
+        pixels = np.array(image.convert("RGB"), dtype=np.uint8)
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def _missing(distribution: str) -> str:
+    return (
+        f"the embedded data needs {distribution}, which is not installed; in a checkout of adcert run: "
+        'pip install --no-build-isolation -e ".[train]"'
+    )
+
+
+def _normalise(pixels: Tensor) -> Tensor:
+    """uint8 [N, 3, H, W] to float32: value / 255, minus mean, over deviation."""
+    mean = torch.tensor(PHOTO_MEAN).view(3, 1, 1)
+    std = torch.tensor(PHOTO_STD).view(3, 1, 1)
+    return (pixels.float() / 255 - mean) / std
+
+
+def _mix(seed: int, epoch: int) -> int:
+    """One 63-bit generator seed for (seed, epoch), unrelated for neighbouring pairs."""
+    state = np.random.SeedSequence([seed % 2**64, epoch]).generate_state(1, np.uint64)
+    return int(state[0]) >> 1
