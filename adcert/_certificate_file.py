@@ -34,9 +34,7 @@ MAX_TEXT = 1 << 28  # of certificate.json
 MAX_ENTRIES = 200_000  # of the zip
 MAX_DIGITS = 200_000  # of one integer
 _MANIFEST = "certificate.json"
-_FIELDS = (
-    "format version verdict reasons layers blocks system claim shapes scales assumptions fingerprints seconds"
-)
+_FIELDS = "format version verdict reasons layers blocks system claim shapes scales assumptions fingerprints seconds"
 _ARRAY = re.compile(r"arrays/(0|[1-9][0-9]{0,6})\.npy")
 _INTEGER = re.compile(r"-?[0-9]+")
 _DTYPES = tuple(np.dtype(name) for name in ("<f4", "<f8", "<i8", "|u1"))
@@ -129,9 +127,7 @@ def _digits(value: int) -> str:
     # Python refuses to convert integers beyond 4,300 digits and its limit is global; FLINT has none.
     text = str(flint.fmpz(value))
     if len(text) > MAX_DIGITS:
-        raise CertificateError(
-            f"an integer of {len(text)} digits, more than the {MAX_DIGITS} a file may hold"
-        )
+        raise CertificateError(f"an integer of {len(text)} digits, more than the {MAX_DIGITS} a file may hold")
     return text
 
 
@@ -158,17 +154,11 @@ def read(path: str | os.PathLike[str]) -> Certificate:
 def _entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
     entries: dict[str, zipfile.ZipInfo] = {}
     if size > MAX_BYTES or len(archive.infolist()) > MAX_ENTRIES:
-        raise CertificateError(
-            f"{size} bytes in {len(archive.infolist())} entries, more than a certificate may hold"
-        )
+        raise CertificateError(f"{size} bytes in {len(archive.infolist())} entries, more than a certificate may hold")
     for info in archive.infolist():
         if info.filename in entries or not (info.filename == _MANIFEST or _ARRAY.fullmatch(info.filename)):
             raise CertificateError(f"unexpected or repeated entry {info.filename[:80]!r}")
-        if (
-            info.compress_type != zipfile.ZIP_STORED
-            or info.file_size != info.compress_size
-            or info.flag_bits & 1
-        ):
+        if info.compress_type != zipfile.ZIP_STORED or info.file_size != info.compress_size or info.flag_bits & 1:
             raise CertificateError(f"entry {info.filename} is compressed or encrypted")
         entries[info.filename] = info
     if sum(info.file_size for info in entries.values()) > size:
@@ -226,10 +216,7 @@ class _Reader:
             raise CertificateError("unknown rule")
         shape = (rows := self.array(data["rows"], 2)).shape
         minus, radius = (None if data[k] is None else self.array(data[k], 2) for k in ("minus", "radius"))
-        if (
-            any(array is not None and array.shape != shape for array in (minus, radius))
-            or len(codes) != shape[0]
-        ):
+        if any(array is not None and array.shape != shape for array in (minus, radius)) or len(codes) != shape[0]:
             raise CertificateError("the arrays of a block differ in shape")
         direction = None if data["direction"] is None else _sequence(data["direction"], _integer)
         return Block(
@@ -322,10 +309,7 @@ def _proof(data: Any) -> Proof | None:
 
 def _layer(data: Any) -> LayerReport:
     _keys(data, "name parameters bias rank windows ties touches exemptions differing rows blocks", "layer")
-    counts = {
-        key: _count(data[key])
-        for key in ("rank", "windows", "ties", "touches", "differing", "rows", "blocks")
-    }
+    counts = {key: _count(data[key]) for key in ("rank", "windows", "ties", "touches", "differing", "rows", "blocks")}
     return LayerReport(
         name=_text(data["name"]),
         parameters=_sequence(data["parameters"], _text),

@@ -56,10 +56,10 @@ class MarginProgram:
     """A margin program that grows by rows and hot-starts. Its rows should have entries of size about 1.
 
     With a radius every unknown is split into p = u - v, u, v in [0, 1]: at an optimum ``<a, p> - <r, |p|>``
-    is then the coefficient a - r on u and -(a + r) on v.
+    is then the coefficient a - r on u and -(a + r) on v. ``offsets`` are added to the rows' values.
     """
 
-    def __init__(self, rows: Matrix, radius: Matrix | None, deadline: float) -> None:
+    def __init__(self, rows: Matrix, radius: Matrix | None, deadline: float, offsets: Matrix | None = None) -> None:
         self.columns = rows.shape[1]
         self.split = radius is not None
         self.deadline = deadline
@@ -79,7 +79,7 @@ class MarginProgram:
             cost,
             lower,
             np.ones(width),
-            np.zeros(count),
+            np.zeros(count) if offsets is None else -offsets,
             np.full(count, highspy.kHighsInf),
             starts,
             index,
@@ -99,12 +99,13 @@ class MarginProgram:
         starts = np.concatenate([[0], np.cumsum(mask.sum(axis=1))])[:-1]
         return starts.astype(np.int32), np.nonzero(mask)[1].astype(np.int32), dense[mask]
 
-    def add(self, rows: Matrix, radius: Matrix | None) -> None:
+    def add(self, rows: Matrix, radius: Matrix | None, offsets: Matrix | None = None) -> None:
         """Appends rows; the next :meth:`solve` starts from the last basis."""
         starts, index, values = self._sparse(self._coefficients(rows, radius))
         count = rows.shape[0]
+        lower = np.zeros(count) if offsets is None else -offsets
         infinite = np.full(count, highspy.kHighsInf)
-        status = self.solver.addRows(count, np.zeros(count), infinite, values.size, starts, index, values)
+        status = self.solver.addRows(count, lower, infinite, values.size, starts, index, values)
         _require(status, "addRows")
 
     def solve(self) -> Guess:

@@ -10,12 +10,13 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from .audit import Watch, audit_graph
+from .audit import audit_graph
 from .certificate import Block, Certificate, LayerReport, Verdict
 from .decisions import Findings, RowSet, Scope, decide_record, rank_leaves
 from .layers import Graph, Layer, Leaves, Order, Tau, order_layers
-from .records import OpRecord
+from .records import Node, OpRecord
 from .systems import System, solve
+from .watch import Watch
 
 
 class StepAnalysis:
@@ -34,20 +35,26 @@ class StepAnalysis:
         self.ranks: dict[str, int] = {}
         self.prints: dict[str, str] = {}
         self.seconds: dict[str, float] = defaultdict(float)
-        self.roots = 0
+        self.roots: set[Node] = set()
         self.assumptions: dict[str, None] = {}
         self._versions: dict[str, int] = {}
 
-    def root(self, roots: Sequence[Tensor], inputs: Iterable[Tensor] | Tensor | None, watch: Watch) -> None:
-        """Analyse the graph below ``roots``; ``inputs`` are those of autograd.grad or backward(inputs=...)."""
-        self.roots += 1
+    def root(self, roots: Sequence[Tensor], inputs: Iterable[Tensor] | Tensor | None, watch: Watch) -> list[OpRecord]:
+        """Analyse the graph below ``roots``; ``inputs`` are those of autograd.grad or backward(inputs=...).
+
+        Returns the records of the graph.
+        """
         start = time.perf_counter()
         nodes = [tensor.grad_fn for tensor in roots if tensor.grad_fn is not None]
+        again = bool(nodes) and self.roots.issuperset(nodes)  # step.loss(loss), or the same loss once more
+        self.roots.update(nodes)
         if not all(bool(torch.isfinite(tensor.detach()).all()) for tensor in roots):
             self.failures["the loss is not finite"] = None
         graph = Graph(nodes, watch.recorder.records, self.leaves)
-        self._audit(graph, inputs, watch)
         records = [graph.record_of[node] for node in graph.nodes if node in graph.record_of]
+        self._audit(graph, inputs, watch)
+        if again:
+            return records
         for record in records:
             self._check_record(record)
         middle = time.perf_counter()
@@ -57,9 +64,10 @@ class StepAnalysis:
             self.prints.update({record.name: fingerprint(record) for record in records})
         self.seconds["audit"] += middle - start
         self.seconds["rows"] += time.perf_counter() - middle
+        return records
 
     def _audit(self, graph: Graph, inputs: Iterable[Tensor] | Tensor | None, watch: Watch) -> None:
-        for reason in audit_graph(graph, watch.origins):
+        for reason in audit_graph(graph, watch):
             self.failures[reason] = None
         for node, message in watch.mixed:
             if node in graph.position:
@@ -90,7 +98,9 @@ class StepAnalysis:
 
     def _check_record(self, record: OpRecord) -> None:
         if record.released:
-            self.failures[f"{record.name}: used by a second backward pass; keep its graph with retain_graph=True"] = None
+            self.failures[f"{record.name}: used by a second backward pass; keep its graph with retain_graph=True"] = (
+                None
+            )
             return
         if int(record.nonfinite):
             self.failures[f"{record.name}: {int(record.nonfinite)} NaN or infinite activations"] = None
@@ -121,7 +131,9 @@ class StepAnalysis:
         start = time.perf_counter()
         failures = [*self.failures, *extra]
         if not self.roots and not failures:
-            failures.append("no backward pass was seen in this step: call loss.backward() inside it, or step.loss(loss)")
+            failures.append(
+                "no backward pass was seen in this step: call loss.backward() inside it, or step.loss(loss)"
+            )
         order = order_layers(self.taus)
         doubts = [doubt for found in self.findings.values() for doubt in found.doubts]
         rowsets = [rowset for found in self.findings.values() for rowset in found.rowsets]
@@ -171,20 +183,31 @@ class StepAnalysis:
         return blocks
 
     def _assemble(
-        self, verdict: Verdict, reasons: list[str], order: Order, ranks: dict[str, int], blocks: list[Block],
+        self,
+        verdict: Verdict,
+        reasons: list[str],
+        order: Order,
+        ranks: dict[str, int],
+        blocks: list[Block],
         assumptions: tuple[str, ...],
-    ) -> Certificate:  # fmt: skip
+    ) -> Certificate:
         assumptions = (*self.assumptions, *assumptions)
         shapes = {name: tuple(tensor.shape) for name, tensor in self.leaves.trainable().items()}
         scales = {name: ranks.get(name, 1) for name in shapes}
         layers = tuple(self._report(layer, scales, blocks) for layer in order.layers)
         return Certificate(
-            verdict=verdict, reasons=reasons, layers=layers, blocks=tuple(blocks),
+            verdict=verdict,
+            reasons=reasons,
+            layers=layers,
+            blocks=tuple(blocks),
             system="paper" if self.strict else "lexicographic",
-            claim="bouligand" if verdict is Verdict.CERTIFIED else "", shapes=shapes, scales=scales,
-            assumptions=assumptions, fingerprints=dict(self.prints),
+            claim="bouligand" if verdict is Verdict.CERTIFIED else "",
+            shapes=shapes,
+            scales=scales,
+            assumptions=assumptions,
+            fingerprints=dict(self.prints),
             seconds=dict(self.seconds),
-        )  # fmt: skip
+        )
 
     def _report(self, layer: Layer, scales: dict[str, int], blocks: list[Block]) -> LayerReport:
         found = [self.findings[record] for record in layer.records if record in self.findings]
@@ -192,20 +215,27 @@ class StepAnalysis:
         exemptions: Counter[str] = sum((item.exemptions for item in found), Counter())
         kinds = {self.bias.get(record, "none") for record in layer.records}
         return LayerReport(
-            name=layer.name, parameters=layer.leaves, bias=kinds.pop() if len(kinds) == 1 else "partial",
+            name=layer.name,
+            parameters=layer.leaves,
+            bias=kinds.pop() if len(kinds) == 1 else "partial",
             rank=min((scales[leaf] for leaf in layer.leaves if leaf in scales), default=1),
-            windows=sum(item.windows for item in found), ties=sum(item.ties for item in found),
-            touches=sum(item.touches for item in found), exemptions=dict(+exemptions),
+            windows=sum(item.windows for item in found),
+            ties=sum(item.ties for item in found),
+            touches=sum(item.touches for item in found),
+            exemptions=dict(+exemptions),
             differing=sum(item.differing for item in found),
-            rows=sum(len(block.rows) for block in mine), blocks=len(mine),
-        )  # fmt: skip
+            rows=sum(len(block.rows) for block in mine),
+            blocks=len(mine),
+        )
 
 
 def _verdict(failures: list[str], doubts: list[str], blocks: list[Block]) -> tuple[Verdict, list[str]]:
     """Precedence: a failed audit, then a provably empty system, then any doubt."""
     if failures:
         return Verdict.UNDECIDED, failures
-    empty = [f"the system of {block.layer} (rank {block.rank}) is empty: {block.reason}" for block in blocks if block.proof]
+    empty = [
+        f"the system of {block.layer} (rank {block.rank}) is empty: {block.reason}" for block in blocks if block.proof
+    ]
     if empty:
         return Verdict.UNCERTIFIED, list(dict.fromkeys(empty))
     doubts = doubts + [f"{block.layer}: {block.reason}" for block in blocks if block.direction is None]
@@ -222,6 +252,3 @@ def fingerprint(record: OpRecord) -> str:
         digest.update(repr(record.ties.window).encode())
         digest.update(record.ties.windows.numpy().tobytes() + record.ties.members.numpy().tobytes())
     return digest.hexdigest()
-
-
-

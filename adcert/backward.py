@@ -75,9 +75,7 @@ def concatenate(stacks: list[Slices]) -> Slices:
     value = torch.cat([stack.data.value for stack in stacks])
     radius = None
     if any(stack.data.radius is not None for stack in stacks):
-        radius = torch.cat(
-            [torch.zeros_like(s.data.value) if s.data.radius is None else s.data.radius for s in stacks]
-        )
+        radius = torch.cat([torch.zeros_like(s.data.value) if s.data.radius is None else s.data.radius for s in stacks])
     rows, samples = torch.cat([s.row for s in stacks]), torch.cat([s.sample for s in stacks])
     return Slices(rows, samples, Ball(value, radius), stacks[0].shape).merged()
 
@@ -380,15 +378,18 @@ def _convolution(walk: _Pass, node: Node, g: Slices) -> None:
         shape = shape_of(*edge)
         kernel = node._saved_weight.detach().to(torch.float64)
         options = dict(
-            stride=list(node._saved_stride), padding=list(node._saved_padding), dilation=list(node._saved_dilation),
+            stride=list(node._saved_stride),
+            padding=list(node._saved_padding),
+            dilation=list(node._saved_dilation),
             groups=node._saved_groups,
-        )  # fmt: skip
+        )
         back: Any = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}[len(g.shape)]
         base = [
             (o - 1) * s - 2 * p + d * (k - 1) + 1
-            for o, s, p, d, k in zip(g.shape[2:], options["stride"], options["padding"], options["dilation"],
-                                     kernel.shape[2:], strict=True)
-        ]  # fmt: skip
+            for o, s, p, d, k in zip(
+                g.shape[2:], options["stride"], options["padding"], options["dilation"], kernel.shape[2:], strict=True
+            )
+        ]
         extra = [size - b for size, b in zip(shape[2:], base, strict=True)]
 
         def apply(t: Tensor, w: Tensor) -> Tensor:
@@ -499,14 +500,28 @@ def _batch_norm(walk: _Pass, node: Node, g: Slices) -> None:
 
 _Rule = Callable[[_Pass, Node, Slices], None]
 _RULES: dict[str, _Rule] = {
-    **dict.fromkeys(["ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward",
-                     "UnsqueezeBackward"], _reshape),  # fmt: skip
+    **dict.fromkeys(
+        ["ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward"], _reshape
+    ),
     **dict.fromkeys(["CloneBackward", "AliasBackward", "ToCopyBackward"], _cast),
-    **dict.fromkeys(["PermuteBackward", "TransposeBackward", "TBackward", "SliceBackward", "SelectBackward",
-                     "CatBackward", "StackBackward", "ConstantPadNdBackward", "FlipBackward", "RollBackward"],
-                    _moved),  # fmt: skip
-    **dict.fromkeys(["ExpandBackward", "MeanBackward", "SumBackward", "AvgPool2DBackward",
-                     "AdaptiveAvgPool2DBackward"], _positive),  # fmt: skip
+    **dict.fromkeys(
+        [
+            "PermuteBackward",
+            "TransposeBackward",
+            "TBackward",
+            "SliceBackward",
+            "SelectBackward",
+            "CatBackward",
+            "StackBackward",
+            "ConstantPadNdBackward",
+            "FlipBackward",
+            "RollBackward",
+        ],
+        _moved,
+    ),
+    **dict.fromkeys(
+        ["ExpandBackward", "MeanBackward", "SumBackward", "AvgPool2DBackward", "AdaptiveAvgPool2DBackward"], _positive
+    ),
     **dict.fromkeys(["AddBackward", "SubBackward", "RsubBackward"], _sum_of),
     "NegBackward": _neg,
     "MulBackward": _mul,

@@ -30,12 +30,38 @@ def bias_of(graph: Graph, record: OpRecord, own: frozenset[str]) -> Bias | None:
     normalisation is none (train mode removes it), the normalisation's beta is one. A frozen bias is a constant.
     """
     found = _search(graph, record.edge, lambda units: units, own)
-    if found is None or len(graph.tau(record).leaves.get(found[0], ())) != 1:
+    if found is None:
         return None
     leaf, group = found
+    if _paths(graph, record, leaf) != 1:
+        return None
     units = math.prod(record.input_shape[1:])
     distinct = graph.leaves.tensor(leaf).numel() == units
     return Bias(leaf, group, "distinct" if distinct else "shared")
+
+
+def _paths(graph: Graph, record: OpRecord, leaf: str) -> int:
+    """Number of paths from y to a leaf inside the layer; on a single one the coefficient is the path's alone."""
+    known: dict[Node, int] = {}
+    stack: list[Node] = [record.edge[0]]
+    while stack:
+        node = stack[-1]
+        if node in known:
+            stack.pop()
+            continue
+        sources = [] if node is None or node in graph.record_of else [source for source, _ in node.next_functions]
+        missing = [source for source in sources if source is not None and source not in known]
+        if missing:
+            stack += missing
+            continue
+        if node in graph.record_of:
+            known[node] = 0
+        else:
+            known[node] = int(graph.leaf(node) == leaf and not sources) + sum(
+                known[s] for s in sources if s is not None
+            )
+        stack.pop()
+    return known[record.edge[0]]
 
 
 _Map = Callable[[Tensor], Tensor]

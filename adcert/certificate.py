@@ -200,9 +200,7 @@ class Certificate:
             if name not in self.shapes:
                 raise CertificateError(f"unknown parameter {name!r}")
             if self.scales.get(name) != block.rank:
-                raise CertificateError(
-                    f"rank {block.rank}, but scales gives {name!r} rank {self.scales.get(name)}"
-                )
+                raise CertificateError(f"rank {block.rank}, but scales gives {name!r} rank {self.scales.get(name)}")
             size = prod(self.shapes[name])
             if indices.dtype != np.int64 or indices.ndim != 1:
                 raise CertificateError(f"column indices of {name!r} must be int64 [n]")
@@ -211,9 +209,7 @@ class Certificate:
             earlier = taken.get((name, block.rank), np.zeros(0, dtype=np.int64))
             merged = np.union1d(earlier, indices)
             if merged.size != earlier.size + indices.size:
-                raise CertificateError(
-                    f"an entry of {name!r} appears twice among the columns of rank {block.rank}"
-                )
+                raise CertificateError(f"an entry of {name!r} appears twice among the columns of rank {block.rank}")
             taken[name, block.rank] = merged
             width += indices.size
         if np.ndim(block.rows) != 2 or np.shape(block.rows)[1] != width:
@@ -293,9 +289,7 @@ def _verify_system(block: Block) -> None:
         raise CertificateError(f"rules must name one of {RULES} for each of the {len(block.rows)} rows")
     if block.direction is not None and block.proof is not None:
         raise CertificateError("it has both a direction and a proof of emptiness")
-    if block.direction is not None and not check_direction(
-        block.rows, block.direction, block.minus, block.radius
-    ):
+    if block.direction is not None and not check_direction(block.rows, block.direction, block.minus, block.radius):
         raise CertificateError("the direction does not make every row positive")
     if block.proof is not None and not check_proof(block.rows, block.proof, block.minus, block.radius):
         raise CertificateError("the proof of emptiness does not hold")

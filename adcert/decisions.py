@@ -17,9 +17,9 @@ from torch import Tensor
 from . import backward
 from .balls import Ball
 from .bias import Bias, bias_of
-from .equality import cell_inputs, follow, maximisers, prove_zero, selected_inputs, tied_members
+from .equality import cell_inputs, follow, maximisers, prove_expansion_zero, selected_inputs, tied_members
 from .layers import Graph, Order
-from .records import OpRecord
+from .records import OpRecord, take
 from .relevance import rectified, relevant_inputs, relevant_outputs
 from .rows import Differences, Expansion, Part, expand, groups_of, unit_parts
 
@@ -142,7 +142,7 @@ def _ties(scope: Scope, record: OpRecord, found: Findings) -> None:
     other = members != chosen
     owner, members, chosen = owner[other], members[other], chosen[other]
     if len(owner) and rectified(scope.graph, record):
-        keep = record.output[torch.unravel_index(owner, tuple(record.output.shape))] > 0
+        keep = take(record.output, owner) > 0
         found.exemptions["flat"] += int((~keep).sum())
         owner, members, chosen = owner[keep], members[keep], chosen[keep]
     if len(owner) and not scope.strict:
@@ -196,9 +196,7 @@ def _follow(scope: Scope, record: OpRecord, differences: Differences) -> tuple[O
         record, differences, steps = source, follow(source, differences), steps + 1
 
 
-def _bias_rows(
-    scope: Scope, record: OpRecord, bias: Bias, groups: Differences, rule: str, found: Findings
-) -> None:
+def _bias_rows(scope: Scope, record: OpRecord, bias: Bias, groups: Differences, rule: str, found: Findings) -> None:
     if len(groups) == 0:
         return
     found.exemptions["bias"] += len(groups)
@@ -214,6 +212,9 @@ def _bias_rows(
 def _own_rows(scope: Scope, record: OpRecord, d: Differences, rule: str, found: Findings) -> Tensor:
     """Rows of the own layer, exact where the structure allows; returns the mask of differences proved zero."""
     expansion = expand(scope.graph, record.edge, d)
+    zero = torch.zeros(len(d), dtype=torch.bool)
+    if not (scope.strict and rule == "touch"):  # the paper asks a row of every touch, even a zero one
+        zero = prove_expansion_zero(scope.graph, expansion)
     # Leaves of earlier layers that skip into tau_l are reached on other paths too: only w_l's parts are whole.
     expansion.parts = [part for part in expansion.parts if part.leaf in scope.ranks.order.own[record]]
     hard = expansion.hard | _entangled(scope.graph, expansion)
@@ -221,21 +222,14 @@ def _own_rows(scope: Scope, record: OpRecord, d: Differences, rule: str, found: 
     if bool(own.any()):
         parts = _renumbered(expansion.parts, own)
         found.rowsets.append(RowSet(record, rule, int(own.sum()), parts, scope.ranks.order.upstream[record]))
-    rest = torch.nonzero(~own).flatten()
-    if scope.strict and rule == "touch":  # the paper asks a row of every touch, even a zero one
-        exact = ~hard[rest]
-        if bool(exact.any()):
-            found.rowsets.append(RowSet(record, rule, int(exact.sum()), ()))
-        rest = rest[~exact]
-        zero = torch.zeros(len(rest), dtype=torch.bool)
-    else:
-        zero = prove_zero(scope.graph, record, d.select(rest))
-    proved = torch.zeros(len(d), dtype=torch.bool)
-    proved[rest[zero]] = True
-    left = rest[~zero]
-    if len(left):
-        proved[left] = _partial_rows(scope, record, d.select(left), rule, found)
-    return proved
+    left = ~own & ~zero
+    if scope.strict and rule == "touch" and bool((left & ~hard).any()):
+        found.rowsets.append(RowSet(record, rule, int((left & ~hard).sum()), ()))
+        left &= hard
+    rest = torch.nonzero(left).flatten()
+    if len(rest):
+        zero[rest] = _partial_rows(scope, record, d.select(rest), rule, found)
+    return zero
 
 
 def _entangled(graph: Graph, expansion: Expansion) -> Tensor:

@@ -1,9 +1,9 @@
 """T_j: which members of a tie, and which touches, have AD gradients that are equal for a structural reason.
 
 Congruence is value numbering in the order it is needed: two units are congruent when they are the same function of
-the parameters around every recorded value, that is, equal own-layer rows and, below, pairs of units that are the same, that
-are both switched off, or that are congruent in turn. Padding and inputs are constants. The answer is one-sided: True
-is a proof of ``ga_plus == ga_minus`` with respect to all parameters, False says nothing.
+the parameters around every recorded value, that is, equal own-layer rows and, below, pairs of units that are the
+same, that are both switched off, or that are congruent in turn. Padding and inputs are constants. The answer is
+one-sided: True is a proof of ``ga_plus == ga_minus`` with respect to all parameters, False says nothing.
 """
 
 from __future__ import annotations
@@ -14,26 +14,22 @@ import torch
 from torch import Tensor
 
 from .layers import Graph
-from .records import OpRecord
-from .rows import Differences, expand
+from .records import OpRecord, take
+from .rows import Differences, Expansion, expand
 
 
 def selected_inputs(record: OpRecord, units: Tensor) -> Tensor:
     """Flat indices of y that AD selects for these outputs of ``record``, whatever the slope there."""
     if record.ties is None:
         return units
-    offset = record.ties.offsets.reshape(-1) if record.ties.offsets.is_contiguous() else None
-    shape = tuple(record.output.shape)
-    index = torch.unravel_index(units, shape)
-    chosen = offset[units] if offset is not None else record.ties.offsets[index]
-    return cell_inputs(record, units, chosen.to(torch.int64))
+    return cell_inputs(record, units, take(record.ties.offsets, units).to(torch.int64))
 
 
 def cell_inputs(record: OpRecord, windows: Tensor, cells: Tensor) -> Tensor:
     """Flat indices of y of the in-window cells ``kh * KW + kw`` of output units ``windows``."""
     assert record.ties is not None
     window = record.ties.window
-    *planes, height, width = record.input_shape
+    *_, height, width = record.input_shape
     out_h, out_w = record.output.shape[-2:]
     plane, rest = windows // (out_h * out_w), windows % (out_h * out_w)
     row = (rest // out_w) * window.stride[0] - window.padding[0] + (cells // window.kernel[1]) * window.dilation[0]
@@ -49,7 +45,7 @@ def follow(record: OpRecord, differences: Differences) -> Differences:
         safe = units.clamp(min=0)
         inputs = selected_inputs(record, safe)
         if record.relu:
-            known = known & (record.output[torch.unravel_index(safe, tuple(record.output.shape))] > 0)
+            known = known & (take(record.output, safe) > 0)
         return torch.where(known, inputs, -1)
 
     return Differences(source(differences.plus), source(differences.minus))
@@ -69,7 +65,13 @@ def prove_zero(graph: Graph, record: OpRecord, differences: Differences) -> Tens
     keys = (differences.plus[todo] + 1) * size + differences.minus[todo] + 1
     unique, inverse = torch.unique(keys, return_inverse=True)
     distinct = Differences(unique // size - 1, unique % size - 1)
-    expansion = expand(graph, record.edge, distinct)
+    good = prove_expansion_zero(graph, expand(graph, record.edge, distinct))
+    proved[todo] = good[inverse]
+    return proved
+
+
+def prove_expansion_zero(graph: Graph, expansion: Expansion) -> Tensor:
+    """:func:`prove_zero` for differences that are expanded already."""
     good = ~(expansion.own_nonzero() | expansion.hard)
     for item in expansion.boundary:
         needed = torch.unique(item.inverse[good & (item.inverse >= 0)])
@@ -83,8 +85,7 @@ def prove_zero(graph: Graph, record: OpRecord, differences: Differences) -> Tens
         bad[item.owner[picked[~below]]] = True
         known = item.inverse >= 0
         good[known] &= ~bad[item.inverse[known].clamp(max=len(bad) - 1)] | (item.inverse[known] >= len(bad))
-    proved[todo] = good[inverse]
-    return proved
+    return good
 
 
 def tied_members(record: OpRecord) -> tuple[Tensor, Tensor]:
@@ -103,4 +104,5 @@ def maximisers(record: OpRecord, windows: Tensor) -> Tensor:
     assert record.ties is not None
     owner, cells = tied_members(record)
     mine = torch.isin(owner, windows)
-    return torch.unique(torch.cat([selected_inputs(record, windows), cell_inputs(record, owner[mine], cells[mine])]))
+    members = torch.cat([selected_inputs(record, windows), cell_inputs(record, owner[mine], cells[mine])])
+    return members.unique()

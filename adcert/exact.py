@@ -81,9 +81,7 @@ def read_array(values: Any, name: str) -> Floats:
     if array.ndim != 2:
         raise AdcertError(f"{name} has {array.ndim} dimensions; rows x columns is needed")
     if not np.isfinite(array).all():
-        raise AdcertError(
-            f"{name} holds a NaN or an infinity in row {int(np.argmin(np.isfinite(array).all(axis=1)))}"
-        )
+        raise AdcertError(f"{name} holds a NaN or an infinity in row {int(np.argmin(np.isfinite(array).all(axis=1)))}")
     return array
 
 
@@ -306,9 +304,7 @@ def relation(rows: list[list[int]]) -> list[int] | None:
     """
     matrix = flint.fmpz_mat(rows)
     if matrix.ncols() > 2 * matrix.nrows():
-        matrix = (
-            matrix * matrix.transpose()
-        )  # over the rationals the Gram matrix has the same left null space
+        matrix = matrix * matrix.transpose()  # over the rationals the Gram matrix has the same left null space
     basis, nullity = matrix.transpose().nullspace()
     if nullity != 1:
         return None

@@ -27,13 +27,12 @@ from adcert.exact import (
     true_integers,
 )
 from adcert.minnorm import OutOfTimeError, exact_seconds, minimum_norm
+from adcert.refine import refine, shorten
 from adcert.scaling import Scaled, distinct_lines, least_squares
 
 Matrix = NDArray[np.float64]
 
-_FIRST_ROWS = (
-    30  # rows of the first linear program beyond twice the columns, half of them those of lowest margin
-)
+_FIRST_ROWS = 30  # rows of the first linear program beyond twice the columns, half of them those of lowest margin
 _MORE_ROWS = 150  # most violated rows added at a time
 _GRAM = 4  # columns per row from which on p = A^T y is used
 
@@ -217,9 +216,7 @@ class _Search:
             return None
         if all(map(_is_integer, self.warm)):
             return self.nonempty([int(x) for x in self.warm], "warm direction")
-        return self.nonempty(
-            round_direction(np.array(self.warm, dtype=np.float64), NARROW_BITS), "warm direction"
-        )
+        return self.nonempty(round_direction(np.array(self.warm, dtype=np.float64), NARROW_BITS), "warm direction")
 
     def opposite_rows(self) -> Decision | None:
         """Keeps one row of each ray; two rows on opposite rays are a proof."""
@@ -256,7 +253,7 @@ class _Search:
         return self.propose(self.guess, "least squares")
 
     def independent_rows(self) -> Decision | None:
-        """Least squares for A p = 1: solved if the rows are independent, else the residual y has A^T y = 0."""
+        """Solves A p = 1: possible if the rows are independent; else the residual y has A^T y = 0."""
         rows = self.scaled.rows
         if rows.shape[0] > rows.shape[1]:
             return None
@@ -285,15 +282,11 @@ class _Search:
         scaled = self.scaled
         rows, columns = scaled.rows.shape
         gram = self.system.radius is None and columns > _GRAM * rows
-        matrix, radius = (
-            (scaled.gram / np.abs(scaled.gram).max(), None) if gram else (scaled.rows, scaled.radius)
-        )
+        matrix, radius = (scaled.gram / np.abs(scaled.gram).max(), None) if gram else (scaled.rows, scaled.radius)
         first = _FIRST_ROWS + columns
         order = np.arange(rows)
         if rows > 2 * first:  # the lowest margins, and some from everywhere
-            order = np.union1d(
-                np.argpartition(self.low, first)[:first], np.linspace(0, rows - 1, first).astype(int)
-            )
+            order = np.union1d(np.argpartition(self.low, first)[:first], np.linspace(0, rows - 1, first).astype(int))
         inside = np.zeros(rows, dtype=np.bool_)
         program = MarginProgram(matrix[order], None if radius is None else radius[order], self.deadline)
         chosen = order
@@ -326,11 +319,19 @@ class _Search:
         if decision:
             return decision
         start = [max(1, round(self.duals.get(k, 1.0) * 2.0**40)) for k in support]
-        direction, proof = minimum_norm(self.system, support, start, self.deadline)
+        direction, proof = minimum_norm(self.system, support, start, self.deadline, self._improve)
         self.why = "the exact algorithm's answer did not pass its check"
-        return (
-            self.nonempty(direction, "minimum norm") if proof is None else self.empty(proof, "minimum norm")
-        )
+        if proof is not None:
+            return self.empty(proof, "minimum norm")
+        assert direction is not None
+        short = self.nonempty(shorten(direction, 64), "minimum norm")
+        return short or self.nonempty(direction, "minimum norm")
+
+    def _improve(self, point: tuple[int, ...]) -> tuple[int, ...] | None:
+        short = shorten(point, 64)  # few bits if the system allows it
+        if first_failure(self.system, short) is None:
+            return short
+        return refine(self.system, self.kept, self.scaled, point, self.deadline)
 
     def exact_rows_only(self) -> Decision | None:
         """The rows without a radius may prove emptiness, or their direction may satisfy the others."""

@@ -279,4 +279,4 @@ ROWS: Final[tuple[Row, ...]] = (
         (1, 2, 1), CERTIFIED, _swapped(1, 0), (), ("network",)),
     Row("19.2", "the second sample of row 19 alone, -z2", "conv{(-1,-2,-1), (-2,-1,-1)}",
         ((-1, -2, -1), (-2, -1, -1)), (-2, -1, -1), CERTIFIED, _swapped(0, -1), (), ("network",)),
-)  # fmt: skip
+)

@@ -224,7 +224,7 @@ def _tied(record: OpRecord, taus: dict[OpRecord, Tau], above: dict[OpRecord, set
         known = {user for source in others for user in taus[source].leaves[leaf]}
         if others and not set(users) <= known:
             found.append(
-                f"weight tying: parameter {leaf} is used by {others[0].name} and again by {record.name} downstream of it"
+                f"weight tying: parameter {leaf} is used by {others[0].name} and again by {record.name} downstream"
             )
     return found
 

@@ -11,7 +11,7 @@ changes x but not the answer.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import flint
 
@@ -26,12 +26,16 @@ class OutOfTimeError(AdcertError):
 
 
 def minimum_norm(
-    system: System, start: Sequence[int], weights: Sequence[int], deadline: float
+    system: System,
+    start: Sequence[int],
+    weights: Sequence[int],
+    deadline: float,
+    improve: Callable[[tuple[int, ...]], tuple[int, ...] | None] = lambda point: None,
 ) -> tuple[tuple[int, ...] | None, dict[int, int] | None]:
     """Decides a ``system`` without radius and zero rows, starting from ``weights`` > 0 of the rows ``start``.
 
-    Returns (direction, None) with integers p such that ``A p > 0``, or (None, proof) with positive integer
-    weights per row.
+    ``improve`` may turn a failing point into a direction. Returns (direction, None) with integers p such
+    that ``A p > 0``, or (None, proof) with positive integer weights per row.
 
     >>> minimum_norm(System.read([[1.0, 0.0], [-1.0, 1.0]]), [0], [1], float("inf"))[0]
     (1, 2)
@@ -45,18 +49,14 @@ def minimum_norm(
         point = corral.minimise(deadline)
         if not any(point):
             return None, corral.proof()
-        for direction in (shorten(point, 64), tuple(point)):  # few bits if the system allows it
-            failure = first_failure(system, direction)
-            if failure is None:
-                return direction, None
-        assert failure is not None
+        direction = tuple(point)
+        failure = first_failure(system, direction)
+        if failure is None:
+            return direction, None
+        better = improve(direction)
+        if better is not None:
+            return better, None
         corral.add(failure, Rational(0))
-
-
-def shorten(point: Sequence[int], bits: int) -> tuple[int, ...]:
-    """``point`` rounded towards zero to integers of at most ``bits`` bits, by a common power of two."""
-    excess = max(0, max(abs(x).bit_length() for x in point) - bits)
-    return tuple((x >> excess) if x >= 0 else -(-x >> excess) for x in point)
 
 
 def exact_seconds(rows: int) -> float:
@@ -90,9 +90,7 @@ class _Corral:
         """Wolfe's minor cycle: the affine minimiser of the rows kept, up to a positive factor."""
         while True:
             if time.monotonic() + exact_seconds(len(self.rows)) > deadline:
-                raise OutOfTimeError(
-                    "out of time in the exact minimum norm point algorithm; allow more seconds"
-                )
+                raise OutOfTimeError("out of time in the exact minimum norm point algorithm; allow more seconds")
             target = self._affine_minimiser()
             if target is None:
                 continue
@@ -143,7 +141,5 @@ class _Corral:
     def proof(self) -> dict[int, int]:
         """Positive integer weights on the TRUE rows whose combination vanishes (the point is the origin)."""
         least = min(self.exponents)
-        weights = primitive(
-            [int(w.p) << (e - least) for w, e in zip(self.weights, self.exponents, strict=True)]
-        )
+        weights = primitive([int(w.p) << (e - least) for w, e in zip(self.weights, self.exponents, strict=True)])
         return dict(zip(self.index, weights, strict=True))

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from types import TracebackType
@@ -19,10 +18,10 @@ from torch import Tensor
 
 from . import records
 from .analysis import StepAnalysis
-from .audit import Watch
 from .certificate import Certificate, Verdict
 from .errors import AdcertError, UncertifiedError
 from .records import Recorder
+from .watch import Watch
 
 ON_FAIL = ("record", "raise")
 
@@ -44,7 +43,7 @@ class Step:
         """Name a root explicitly, before its backward pass runs out of sight (in C++, say). Returns the loss."""
         if self._analysis is None:
             raise AdcertError("step.loss(...) was called after the step had ended")
-        self._on_root([loss], None, False)
+        self._on_root([loss], None, True)
         return loss
 
     def certificate(self) -> Certificate:
@@ -63,9 +62,9 @@ class Step:
             return
         start = time.perf_counter()
         with torch.no_grad(), torch._C.DisableTorchFunction():
-            analysis.root(roots, inputs, watch)
+            seen = analysis.root(roots, inputs, watch)
         if not keep:
-            for record in self._recorder.records:
+            for record in seen:
                 record.release()
         analysis.seconds["analysis"] += time.perf_counter() - start
 
@@ -96,9 +95,9 @@ class Step:
 
 def _gradient_problems(analysis: StepAnalysis) -> list[str]:
     for name, tensor in analysis.leaves.trainable().items():
-        if tensor.grad is not None and not bool(torch.isfinite(tensor.grad.sum())):
-            if not bool(torch.isfinite(tensor.grad).all()):
-                return [f"the gradient of {name} is not finite"]
+        grad = tensor.grad  # the sum first: it reads the gradient once and seldom overflows
+        if grad is not None and not bool(torch.isfinite(grad.sum())) and not bool(torch.isfinite(grad).all()):
+            return [f"the gradient of {name} is not finite"]
     return []
 
 
@@ -110,13 +109,17 @@ def summarize(number: int, certificate: Certificate) -> dict[str, Any]:
     for layer in certificate.layers:
         exemptions.update(layer.exemptions)
     return {
-        "step": number, "verdict": str(certificate.verdict.value), "reasons": list(certificate.reasons),
-        "system": certificate.system, "claim": certificate.claim,
+        "step": number,
+        "verdict": str(certificate.verdict.value),
+        "reasons": list(certificate.reasons),
+        "system": certificate.system,
+        "claim": certificate.claim,
         **{key: sum(layer[key] for layer in layers) for key in counts[:-1]},
         "exemptions": dict(exemptions),
         "seconds": {key: round(value, 6) for key, value in certificate.seconds.items()},
-        "assumptions": list(certificate.assumptions), "layers": layers,
-    }  # fmt: skip
+        "assumptions": list(certificate.assumptions),
+        "layers": layers,
+    }
 
 
 @dataclass(frozen=True)
@@ -163,9 +166,14 @@ class Monitor:
     """
 
     def __init__(
-        self, model: torch.nn.Module, on_fail: str = "record", log: str | os.PathLike[str] | None = None,
-        strict: bool = False, *, keep: int = 16,
-    ) -> None:  # fmt: skip
+        self,
+        model: torch.nn.Module,
+        on_fail: str = "record",
+        log: str | os.PathLike[str] | None = None,
+        strict: bool = False,
+        *,
+        keep: int = 16,
+    ) -> None:
         if on_fail == "repair":
             raise AdcertError('on_fail="repair" is not built yet; use "record" or "raise"')
         if on_fail not in ON_FAIL:
@@ -227,7 +235,9 @@ class Monitor:
         certificate = step._finish()
         self._account(step, certificate)
         if self.on_fail == "raise" and certificate.verdict is not Verdict.CERTIFIED:
-            raise UncertifiedError(f"step {step.number} is {certificate.verdict.value}: " + "; ".join(certificate.reasons))
+            raise UncertifiedError(
+                f"step {step.number} is {certificate.verdict.value}: " + "; ".join(certificate.reasons)
+            )
 
     def _account(self, step: Step, certificate: Certificate) -> None:
         summary = step.summary
@@ -253,7 +263,18 @@ class Monitor:
 
     def report(self) -> Report:
         """Totals so far. ``layers``: per layer the totals, and in how many steps S_j \\ T_j was nonempty somewhere."""
-        names = ("steps", "certified", "uncertified", "undecided", "aborted", "windows", "ties", "touches", "differing", "rows")
+        names = (
+            "steps",
+            "certified",
+            "uncertified",
+            "undecided",
+            "aborted",
+            "windows",
+            "ties",
+            "touches",
+            "differing",
+            "rows",
+        )
         totals = {name: int(self._totals[name]) for name in names}
         layers = {name: dict(total) for name, total in self._layers.items()}
         return Report(**totals, seconds=dict(self._seconds), reasons=dict(self._reasons), layers=layers)
@@ -289,5 +310,3 @@ def certify(closure: Callable[[], Tensor], model: torch.nn.Module, strict: bool 
             raise AdcertError("the loss does not require grad: nothing trainable was used, or grad mode is off")
         loss.backward()  # type: ignore[no-untyped-call]
     return step.certificate()
-
-

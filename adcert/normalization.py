@@ -1,4 +1,4 @@
-"""Batch normalisation with error radii: statistics recomputed in float64 from the saved input, and their derivatives."""
+"""Batch normalisation with error radii: statistics recomputed in float64 from the saved input; derivatives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .records import Node
 
 @dataclass(frozen=True, eq=False)
 class Statistics:
-    """``x`` [N, C, ...] float64 (exact); ``scale`` = (variance + eps)^(-1/2) and ``normalized`` = (x - mean) * scale."""
+    """``x`` [N, C, ...] float64 (exact); ``scale`` = (variance + eps)^(-1/2) and ``normalized`` (x - mean) * scale."""
 
     x: Tensor
     scale: Ball

@@ -19,6 +19,14 @@ from torch.nn import functional as F
 
 from . import ops
 
+
+def take(t: Tensor, index: Tensor) -> Tensor:
+    """Entries of ``t`` at flat indices in logical row-major order, in any memory format and without a copy of ``t``."""
+    if t.is_contiguous():
+        return t.view(-1)[index]
+    return t[torch.unravel_index(index, tuple(t.shape))]
+
+
 Node = Any  # torch.autograd.graph.Node; C++ nodes are not instances of the Python class
 
 
@@ -129,9 +137,15 @@ class Recorder:
         return result.output
 
     def _add(
-        self, name: str, output: Tensor, shape: tuple[int, ...], relu: bool, ties: Ties | None, touches: Tensor,
+        self,
+        name: str,
+        output: Tensor,
+        shape: tuple[int, ...],
+        relu: bool,
+        ties: Ties | None,
+        touches: Tensor,
         nonfinite: Tensor,
-    ) -> None:  # fmt: skip
+    ) -> None:
         uses = self._uses[name] = self._uses.get(name, 0) + 1
         unique = name if uses == 1 else f"{name}#{uses}"
         with torch._C.DisableTorchFunction():

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .layers import Graph
-from .records import OpRecord
+from .records import OpRecord, take
 
 
 def relevant_outputs(graph: Graph, record: OpRecord, units: Tensor) -> Tensor:
@@ -80,8 +80,7 @@ def _attains(record: OpRecord, windows: Tensor, cells: Tensor) -> Tensor:
     """Does the cell attain its window's maximum (selected, or member of a recorded tie)?"""
     assert record.ties is not None
     ties = record.ties
-    index = torch.unravel_index(windows, tuple(record.output.shape))
-    found = ties.offsets[index].to(torch.int64) == cells
+    found = take(ties.offsets, windows).to(torch.int64) == cells
     if len(ties.windows):
         place = torch.searchsorted(ties.windows, windows).clamp(max=len(ties.windows) - 1)
         word = ties.members[place, cells // 64]
@@ -90,7 +89,7 @@ def _attains(record: OpRecord, windows: Tensor, cells: Tensor) -> Tensor:
 
 
 def _positive(record: OpRecord, units: Tensor) -> Tensor:
-    return record.output[torch.unravel_index(units, tuple(record.output.shape))] > 0
+    return take(record.output, units) > 0
 
 
 def _touched(record: OpRecord, units: Tensor) -> Tensor:

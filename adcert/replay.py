@@ -17,10 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from . import records
 from .analysis import fingerprint
-from .audit import Watch
 from .errors import AdcertError
 from .layers import Graph, Leaves
 from .records import Recorder
+from .watch import Watch
 
 if TYPE_CHECKING:
     from .certificate import Certificate
@@ -52,9 +52,7 @@ class Replay:
         return last <= 1e-5 * (1.0 + self.norm) or last <= 1e-3 * first
 
 
-def replay(
-    certificate: Certificate, closure: Callable[[], Tensor], model: torch.nn.Module, *, seed: int = 0
-) -> Replay:
+def replay(certificate: Certificate, closure: Callable[[], Tensor], model: torch.nn.Module, *, seed: int = 0) -> Replay:
     """Evaluate the true gradient near w along the certificate's witness, in float64.
 
     Args:
@@ -68,22 +66,23 @@ def replay(
     """
     parameters = dict(model.named_parameters())
     unknown = [
-        name for name, shape in certificate.shapes.items()
+        name
+        for name, shape in certificate.shapes.items()
         if name not in parameters or tuple(parameters[name].shape) != tuple(shape)
-    ]  # fmt: skip
+    ]
     if unknown:
         raise AdcertError(f"the certificate speaks of {unknown[0]}, which is no parameter of this model in that shape")
     if certificate.claim == "":
         return Replay(False, f"not replayable: the step is {certificate.verdict.value}, there is no witness")
     with _float64(model):
         if _prints(closure, model) != certificate.fingerprints:
-            return Replay(False, "not replayable: the float64 evaluation does not reproduce the recorded ties and touches")
+            return Replay(
+                False, "not replayable: the float64 evaluation does not reproduce the recorded ties and touches"
+            )
         return _along(certificate, closure, {name: parameters[name] for name in certificate.shapes}, seed)
 
 
-def _along(
-    certificate: Certificate, closure: Callable[[], Tensor], parameters: dict[str, Tensor], seed: int
-) -> Replay:
+def _along(certificate: Certificate, closure: Callable[[], Tensor], parameters: dict[str, Tensor], seed: int) -> Replay:
     centre = {name: tensor.detach().clone() for name, tensor in parameters.items()}
     target = _gradient(closure, parameters)
     directions = certificate.directions

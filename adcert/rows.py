@@ -18,13 +18,21 @@ import torch
 from torch import Tensor
 
 from .layers import Graph, kind_of, shape_of
-from .records import Node, OpRecord
+from .records import Node, OpRecord, take
 
 # Views, copies and casts: the logical order of the units stays.
 SAME_UNITS = frozenset(
-    ["ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward", "CloneBackward",
-     "ToCopyBackward", "AliasBackward"]
-)  # fmt: skip
+    [
+        "ViewBackward",
+        "UnsafeViewBackward",
+        "ReshapeAliasBackward",
+        "SqueezeBackward",
+        "UnsqueezeBackward",
+        "CloneBackward",
+        "ToCopyBackward",
+        "AliasBackward",
+    ]
+)
 CHUNK = 1 << 21  # elements of gathered patches held at once
 
 
@@ -50,8 +58,8 @@ class Part:
     """Own-layer entries of some rows: row ``owner[k]`` has ``plus[k] - minus[k]`` in group ``group[k]`` of a leaf.
 
     A leaf with two or more dimensions is cut into groups along its first one (a filter, a row of a linear layer);
-    a vector or a scalar into single entries. ``scaled``: the true entries are a positive multiple, the same for all of the
-    row's entries in this part.
+    a vector or a scalar into single entries. ``scaled``: the true entries are a positive multiple, the same for all
+    of the row's entries in this part.
     """
 
     leaf: str
@@ -255,8 +263,9 @@ def _batch_norm(walk: _Walk, node: Node, number: int, d: Differences, owner: Ten
     """Equal inputs in one channel: the mean and variance terms cancel, gamma / sigma times the difference is left."""
     x = node._saved_input
     shape = shape_of(node, number)
-    channel = [torch.unravel_index(index.clamp(min=0), shape)[1] for index in (d.plus, d.minus)]
-    values = [x[torch.unravel_index(index.clamp(min=0), shape)] for index in (d.plus, d.minus)]
+    inner = math.prod(shape[2:])
+    channel = [index.clamp(min=0) // inner % shape[1] for index in (d.plus, d.minus)]
+    values = [take(x, index.clamp(min=0)) for index in (d.plus, d.minus)]
     easy = (d.plus >= 0) & (d.minus >= 0) & (channel[0] == channel[1]) & (values[0] == values[1])
     walk.result.hard[owner[~easy]] = True
     d, owner, channel0 = d.select(easy), owner[easy], channel[0][easy]
@@ -294,9 +303,15 @@ def _convolution(walk: _Walk, node: Node, number: int, d: Differences, owner: Te
 
 
 def _weight_parts(
-    walk: _Walk, leaf: str, geometry: _ConvGeometry, patches: tuple[Tensor, Tensor], inverse: Tensor,
-    sides: tuple[_Units, _Units], owner: Tensor, scaled: bool,
-) -> None:  # fmt: skip
+    walk: _Walk,
+    leaf: str,
+    geometry: _ConvGeometry,
+    patches: tuple[Tensor, Tensor],
+    inverse: Tensor,
+    sides: tuple[_Units, _Units],
+    owner: Tensor,
+    scaled: bool,
+) -> None:
     first, second = geometry.values(patches[0]), geometry.values(patches[1])
     plus, minus = sides
     joint = (plus.channel == minus.channel) | (plus.channel < 0) | (minus.channel < 0)
@@ -416,7 +431,7 @@ class _ConvGeometry:
     def values(self, patch: Tensor) -> Tensor:
         """The input's values at flat indices, 0 in the padding; any memory format, no copy of the input."""
         assert self.x is not None
-        taken = self.x.detach()[torch.unravel_index(patch.clamp(min=0), self.source_shape)]
+        taken = take(self.x.detach(), patch.clamp(min=0))
         return torch.where(patch >= 0, taken, torch.zeros((), dtype=taken.dtype))
 
 
@@ -473,8 +488,20 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(SAME_UNITS, _same),
     **dict.fromkeys(["AddBackward", "SubBackward", "RsubBackward"], _add),
     **dict.fromkeys(
-        ["PermuteBackward", "TransposeBackward", "TBackward", "SliceBackward", "SelectBackward", "CatBackward",
-         "StackBackward", "ConstantPadNdBackward", "FlipBackward", "RollBackward"], _move),  # fmt: skip
+        [
+            "PermuteBackward",
+            "TransposeBackward",
+            "TBackward",
+            "SliceBackward",
+            "SelectBackward",
+            "CatBackward",
+            "StackBackward",
+            "ConstantPadNdBackward",
+            "FlipBackward",
+            "RollBackward",
+        ],
+        _move,
+    ),
     "NegBackward": _neg,
     "ExpandBackward": _expand_view,
     "NativeBatchNormBackward": _batch_norm,

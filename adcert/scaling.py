@@ -116,12 +116,7 @@ class Scaled:
         columns = self.rows.shape[1]
         lowest = min(2 * columns, margins.size // 2)
         for step in range(_STEPS):
-            if (
-                count == 0
-                or stalled > 2
-                or (step == 3 and 4 * count > margins.size)
-                or time.monotonic() > end
-            ):
+            if count == 0 or stalled > 2 or (step == 3 and 4 * count > margins.size) or time.monotonic() > end:
                 break
             level = max(float(np.partition(margins, lowest)[lowest]), 1e-12)
             low = np.flatnonzero(margins < level)
@@ -181,9 +176,7 @@ class _Fingerprint:
     """uint64 per row: equal for equal rows, different almost surely otherwise (-0.0 is 0.0)."""
 
     def __init__(self, columns: int) -> None:
-        generator = np.random.Generator(
-            np.random.PCG64(20240501)
-        )  # its own: the user's generator is left alone
+        generator = np.random.Generator(np.random.PCG64(20240501))  # its own: the user's generator is left alone
         self.odd = generator.integers(0, 1 << 63, size=columns, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
 
     def __call__(self, rows: Matrix) -> NDArray[np.uint64]:

@@ -104,9 +104,13 @@ def _block(system: System, offsets: dict[str, int], members: np.ndarray) -> Bloc
 
 
 def _decided(
-    system: System, columns: tuple[Column, ...], plus: np.ndarray, minus: np.ndarray, radius: np.ndarray | None,
+    system: System,
+    columns: tuple[Column, ...],
+    plus: np.ndarray,
+    minus: np.ndarray,
+    radius: np.ndarray | None,
     rules: list[str],
-) -> Block:  # fmt: skip
+) -> Block:
     """Drop repeated rows, decide, and keep only what the answer rests on."""
     stacked = np.concatenate([plus, minus] if radius is None else [plus, minus, radius], axis=1)
     _, first = np.unique(stacked, axis=0, return_index=True)
@@ -123,6 +127,14 @@ def _decided(
         radius, names = None if radius is None else radius[rest], tuple(names[i] for i in rest)
         proof = Proof(tuple(range(len(rest))), proof.weights)
     return Block(
-        layer=system.layer, rank=system.rank, columns=columns, rows=plus, minus=subtracted, radius=radius, rules=names,
-        direction=answer.direction, proof=proof, reason=answer.reason,
-    )  # fmt: skip
+        layer=system.layer,
+        rank=system.rank,
+        columns=columns,
+        rows=plus,
+        minus=subtracted,
+        radius=radius,
+        rules=names,
+        direction=answer.direction,
+        proof=proof,
+        reason=answer.reason,
+    )

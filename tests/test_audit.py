@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -31,6 +32,26 @@ def alias_write(w: Tensor) -> Tensor:
     return w * buffer
 
 
+def out_with_earlier_view(w: Tensor) -> Tensor:
+    buffer = torch.zeros(1, dtype=torch.bool)
+    view = buffer.view(-1)
+    torch.gt(w, 0, out=buffer)
+    return w * view
+
+
+def laundered_by_no_grad(w: Tensor) -> Tensor:
+    mask = w > 0
+    with torch.no_grad():
+        factor = mask.double()
+    return w * factor
+
+
+def buffer_data(w: Tensor) -> Tensor:
+    buffer = torch.zeros(1, dtype=torch.float64)
+    buffer.data = (w > 0).double()
+    return w * buffer
+
+
 HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {
     "mask": lambda w: w * (w > 0) - (-w) * (-w > 0),
     "boolean index": lambda w: w[w > 0].sum() - (-w)[-w > 0].sum(),
@@ -44,6 +65,12 @@ HIDDEN: dict[str, Callable[[Tensor], Tensor]] = {
     "written alias": alias_write,
     "detached leaf": lambda w: w + w.detach().requires_grad_() * w,
     "out": lambda w: w * torch.gt(w, 0, out=torch.empty(1, dtype=torch.bool)),
+    "out, earlier view": out_with_earlier_view,
+    "laundered by no_grad": laundered_by_no_grad,
+    "buffer.data": buffer_data,
+    "slice": lambda w: torch.cat([w, w])[: (w > 0).sum()].sum() + w,
+    "aten overload": lambda w: w * torch.ops.aten.gt.Scalar(w, 0),
+    "Python function with a branch": lambda w: nn.functional.gumbel_softmax(torch.cat([w, w]), hard=True).sum() * w,
     "gather": lambda w: torch.cat([w, -w]).gather(0, torch.cat([w, -w]).argsort()[:1]),
 }
 
@@ -53,6 +80,96 @@ def test_hidden_branches_are_undecided(name: str) -> None:
     certificate = verdict(HIDDEN[name])
     assert certificate.verdict is Verdict.UNDECIDED
     assert any("autograd does not see" in reason for reason in certificate.reasons), certificate.reasons
+
+
+@torch.jit.script
+def scripted(x: Tensor) -> Tensor:
+    return x * (x > 0).double()
+
+
+class Clone(torch.autograd.Function):
+    """Named like an operation that is allowed."""
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> Tensor:  # type: ignore[override]
+        return 0 * g
+
+
+def in_thread(w: Tensor) -> Tensor:
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(lambda: w * (w > 0)).result()
+
+
+def write_through_data(w: Tensor) -> Tensor:
+    h = w * 1.0
+    h.data.clamp_(min=0)
+    return h * h
+
+
+def write_through_detach(w: Tensor) -> Tensor:
+    h = w * 1.0
+    h.detach().view(-1).clamp_(min=0)
+    return h + 1
+
+
+def replace_data(w: Tensor) -> Tensor:
+    h = w * 1.0
+    h.data = h.data.clamp(min=0)
+    return h + 1
+
+
+def write_under_no_grad(w: Tensor) -> Tensor:
+    h = w * 1.0
+    with torch.no_grad():
+        h.clamp_(min=0)
+    return h + 1
+
+
+def gradient_hook(w: Tensor) -> Tensor:
+    h = 2 * w
+    h.register_hook(lambda g: 0 * g)
+    return h
+
+
+UNSEEN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
+    "TorchScript": (scripted, "out of adcert's sight"),
+    "thread": (in_thread, "out of adcert's sight"),
+    "custom function": (lambda w: Clone.apply(w), "not recorded"),
+    "data": (write_through_data, "detached alias"),
+    "detach": (write_through_detach, "detached alias"),
+    "replaced data": (replace_data, "__set__"),
+    "no_grad": (write_under_no_grad, "under no_grad"),
+    "hook": (gradient_hook, "hook"),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_what_cannot_be_followed_is_undecided(name: str) -> None:
+    function, message = UNSEEN[name]
+    certificate = verdict(function, -1.0)
+    assert certificate.verdict is Verdict.UNDECIDED
+    assert any(message in reason for reason in certificate.reasons), certificate.reasons
+
+
+def test_a_forward_before_the_step_is_undecided() -> None:
+    w = nn.Parameter(torch.zeros(1))
+    loss = (w * (w > 0)).sum()
+    with adcert.Monitor(nn.ParameterList([w])).step() as step:
+        loss.backward()
+    assert step.certificate().verdict is Verdict.UNDECIDED
+    assert "out of adcert's sight" in step.certificate().reasons[0]
+
+
+def test_a_hidden_gradient_argument_is_undecided() -> None:
+    w = nn.Parameter(torch.zeros(2))
+    with adcert.Monitor(nn.ParameterList([w])).step() as step:
+        y = 2 * w
+        y.backward(gradient=(y > 0).float())
+    assert step.certificate().verdict is Verdict.UNDECIDED
 
 
 HARMLESS: dict[str, Callable[[Tensor], Tensor]] = {

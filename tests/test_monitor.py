@@ -107,7 +107,9 @@ def test_no_grad_forward_inside_a_step_records_nothing() -> None:
 
 
 def test_eval_mode() -> None:
-    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 2))
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 2)
+    )
     adcert.convert(model).eval()
     certificate = run(model)
     assert certificate.verdict is Verdict.CERTIFIED
@@ -314,6 +316,34 @@ def test_parameters_changed_between_backwards_are_undecided() -> None:
     assert step.certificate().verdict is Verdict.UNDECIDED
     assert "modified between" in step.certificate().reasons[0]
     assert after(monitor) == "certified"
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_bias_that_reaches_y_twice_is_no_bias(strict: bool) -> None:
+    """relu(h) - relu(h + L h) with L = -2 is h: AD 0, truth 1. The bias has two paths to y."""
+    first, second = nn.Linear(1, 1), nn.Linear(1, 1, bias=False)
+    with torch.no_grad():
+        for p, value in ((first.weight, 0.0), (first.bias, 0.0), (second.weight, -2.0)):
+            p.fill_(value)
+
+    def loss() -> Tensor:
+        h = first(torch.ones(1, 1))
+        return (torch.relu(h) - torch.relu(h + second(h))).sum()
+
+    certificate = certify(loss, nn.ModuleList([first, second]), strict=strict)
+    assert certificate.verdict is not Verdict.CERTIFIED
+
+
+def test_losses_are_analysed_where_they_are_named() -> None:
+    monitor = Monitor(network())
+    with monitor.step() as step:
+        step.loss(F.cross_entropy(monitor.model(X), Y)).backward()
+    assert step.certificate().verdict is Verdict.CERTIFIED
+    with monitor.step() as step:
+        losses = [F.cross_entropy(monitor.model(x), Y) for x in (X, X.flip(3))]
+        for loss in losses:
+            loss.backward()
+    assert step.certificate().verdict is Verdict.CERTIFIED
 
 
 def test_restricted_backward_is_undecided() -> None:

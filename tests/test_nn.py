@@ -113,7 +113,10 @@ def recorded(model: nn.Module, x: Tensor) -> list[records.OpRecord]:
 
 def test_adjacent_relu_and_pool_run_fused() -> None:
     seen = recorded(adcert.convert(small()), torch.randn(2, 3, 8, 8))
-    assert [(record.name, record.relu, record.ties is not None) for record in seen] == [("3", True, True), ("6", True, True)]
+    assert [(record.name, record.relu, record.ties is not None) for record in seen] == [
+        ("3", True, True),
+        ("6", True, True),
+    ]
 
 
 @pytest.mark.parametrize("position", [2, 3])

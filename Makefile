@@ -1,0 +1,61 @@
+# Every target sets up what it needs. `make train` and `make test` work on a fresh machine with python3 (3.11-3.13) and g++.
+PYTHON ?= python3
+BIN := .venv/bin
+STAMPS := .stamps
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h)
+TRAIN ?= --model vgg11-bn --data photos --epochs 1 --steps 50 --batch-size 128
+
+.PHONY: setup build train test lint bench fuzz sanitize clean
+.DELETE_ON_ERROR:
+
+setup: $(STAMPS)/requirements
+build: $(STAMPS)/build
+
+train: build
+	$(BIN)/adcert train $(TRAIN)
+
+test: build
+	$(BIN)/python -m pytest -n 2
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
+	$(BIN)/mypy
+
+bench: build
+	$(BIN)/python -m pytest benchmarks --benchmark-only
+
+# Campaigns: the hypothesis tests with many more cases, and the tests marked fuzz.
+fuzz: build
+	$(BIN)/python -m pytest tests --hypothesis-profile=fuzz -m "fuzz or hypothesis"
+
+# The operators' tests against a build that watches every access; g++'s runtimes have to be loaded first.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
+sanitize: $(STAMPS)/requirements
+	rm -rf build/sanitize && mkdir -p build/sanitize
+	cp -r adcert tests csrc setup.py pyproject.toml LICENSE build/sanitize/
+	rm -f build/sanitize/adcert/_C.*
+	cd build/sanitize && CFLAGS="$(SANITIZE) -g -DADCERT_SANITIZE" LDFLAGS="$(SANITIZE)" \
+	    ../../$(BIN)/python setup.py -q build_ext --inplace
+	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. \
+	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
+	    ../../$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_ops.py
+
+clean:
+	rm -rf build .stamps *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks adcert/_C.*
+
+$(STAMPS)/venv:
+	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'adcert needs Python 3.11 or later')"
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	mkdir -p $(STAMPS) && touch $@
+
+# torch comes first: the build of the extension has to see it.
+$(STAMPS)/requirements: $(STAMPS)/venv $(wildcard requirements/*.txt)
+	$(BIN)/python -m pip install -q -r requirements/torch.txt
+	$(BIN)/python -m pip install -q -r requirements/run.txt -r requirements/test.txt -r requirements/lint.txt
+	touch $@
+
+$(STAMPS)/build: $(STAMPS)/requirements $(SOURCES)
+	$(BIN)/python -m pip install -q --no-build-isolation -e .
+	@$(BIN)/python -c "from adcert._load import load; print('adcert: built the CPU library', load())"
+	touch $@

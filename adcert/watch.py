@@ -1,0 +1,269 @@
+"""The function mode that is active during a step: it sees what the autograd graph does not show.
+
+``x * (x > 0)`` holds no nonsmooth node. :class:`Watch` follows values that left the graph (comparisons, argmax, detach,
+...) until they steer differentiable ones again; it notes which graph nodes were made under its eyes, routes functional
+ReLUs and max poolings to the recorder, and sees the roots of every backward pass. Where it cannot follow, the step
+becomes UNDECIDED.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterable
+from types import FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._ops import OpOverload, OpOverloadPacket
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from .layers import ACCUMULATE
+from .nn import pair
+from .records import Node, Recorder, Window
+
+# Their results depend on shapes, types and devices only, never on values.
+_VALUE_FREE = frozenset(
+    """zeros_like ones_like empty_like rand_like randn_like randint_like new_zeros new_ones new_empty size
+    dim numel stride is_contiguous is_floating_point retain_grad requires_grad_ __repr__ __format__ __len__
+    __hash__""".split()
+)
+_READS = frozenset(
+    """item tolist numpy __bool__ __int__ __float__ __index__ __array__ __contains__ __dlpack__""".split()
+)
+_HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook"})
+_RELU = frozenset({F.relu, torch.relu, Tensor.relu})
+_RELU_INPLACE = frozenset({F.relu_, torch.relu_, Tensor.relu_})
+_POOL = frozenset({F.max_pool2d, torch.max_pool2d})
+_BACKWARD = frozenset({Tensor.backward, torch.autograd.backward, torch.autograd.grad})
+# Functions written in Python run unseen inside; these hide no branch from the graph.
+_TRANSPARENT = frozenset(
+    """batch_norm group_norm instance_norm layer_norm rms_norm local_response_norm dropout dropout1d
+    dropout2d dropout3d alpha_dropout feature_alpha_dropout softmax log_softmax softmin silu mish tanh
+    sigmoid tanhshrink softsign glu gelu cross_entropy nll_loss mse_loss binary_cross_entropy
+    binary_cross_entropy_with_logits kl_div l1_loss smooth_l1_loss huber_loss interpolate upsample embedding
+    pad unfold fold multi_head_attention_forward scaled_dot_product_attention relu relu_ leaky_relu relu6
+    hardtanh elu selu celu rrelu prelu hardswish hardsigmoid hardshrink softshrink threshold max_pool1d
+    max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d adaptive_avg_pool2d
+    adaptive_avg_pool3d avg_pool1d avg_pool2d avg_pool3d fractional_max_pool2d fractional_max_pool3d
+    lp_pool1d lp_pool2d normalize cosine_similarity linear bilinear einsum tensordot split norm meshgrid
+    broadcast_tensors unflatten _max_pool1d _max_pool2d _max_pool3d __rsub__ __rdiv__ __rtruediv__ __rpow__
+    __pow__ __ipow__ pow __rmatmul__ __iter__ __reversed__""".split()
+)
+
+OnRoot = Callable[[list[Tensor], Any, bool], None]
+
+
+class Watch(TorchFunctionMode):
+    """Sees every torch function the step calls. ``on_root(roots, inputs, keep)`` runs before each backward pass.
+
+    ``keep``: the pass may leave the graph intact for another one. ``made``: graph nodes that came from seen calls.
+    ``mixed``: (node, message) where a hidden value steers a differentiable one. ``problems``: reasons that hold for
+    every root that follows. ``assumptions``: what the step's certificate takes as constant.
+    """
+
+    def __init__(self, recorder: Recorder, on_root: OnRoot) -> None:
+        super().__init__()
+        self.recorder = recorder
+        self.on_root = on_root
+        self.made: dict[Node, str] = {}
+        self.mixed: list[tuple[Node, str]] = []
+        self.assumptions: dict[str, None] = {}
+        self.problems: dict[str, None] = {}
+        self._hidden: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._aliases: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._written: dict[int, tuple[Tensor, str]] = {}
+
+    def origin(self, node: Node) -> str:
+        """' (function at file:line)' of the call that made a node, as far as it was kept."""
+        return self.made.get(node, "")
+
+    def __torch_function__(
+        self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _BACKWARD:
+            return self._backward(func, args, kwargs)
+        call = _Call(self, func, args, kwargs)
+        output = self._recorded(func, args, kwargs)
+        if output is None:
+            output = func(*args, **kwargs)
+        if call.name in ("__iter__", "__reversed__"):
+            output = list(output)
+        call.follow(output)
+        return iter(output) if call.name in ("__iter__", "__reversed__") else output
+
+    def _recorded(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Functional ReLU and max pooling go to the recorder; None if the call is something else."""
+        if func in _RELU or func in _RELU_INPLACE:
+            inplace = func in _RELU_INPLACE or bool(kwargs.get("inplace", len(args) > 1 and args[1]))
+            x = args[0] if args else kwargs["input"]
+            return self.recorder.relu(x, f"relu{caller()}", inplace=inplace)
+        if func in _POOL:
+            names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+            given: dict[str, Any] = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
+            given |= {"return_indices": False} | dict(zip(names, args, strict=False)) | kwargs
+            if given["return_indices"]:
+                return None
+            kernel = pair(given["kernel_size"])
+            stride = pair(given["stride"]) if given["stride"] else kernel
+            window = Window(kernel, stride, pair(given["padding"]), pair(given["dilation"]))
+            name = f"max_pool2d{caller()}"
+            return self.recorder.max_pool2d(given["input"], name, window, ceil_mode=given["ceil_mode"])
+        return None
+
+    def _backward(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        roots: Any = args[0] if args else kwargs.get("tensors", kwargs.get("outputs", kwargs.get("self")))
+        inputs = kwargs.get("inputs")
+        if func is torch.autograd.grad and inputs is None and len(args) > 1:
+            inputs = args[1]
+        others = [t for t in tensors_of((args[1:], {k: v for k, v in kwargs.items() if k != "inputs"}))]
+        if any(self.source_of(t) for t in others):
+            self.problems[
+                "the gradient handed to backward depends on the parameters in a way autograd does not see"
+            ] = None
+        keep = bool(kwargs.get("retain_graph") or kwargs.get("create_graph")) or len(args) > 2
+        self.on_root([roots] if isinstance(roots, Tensor) else list(roots), inputs, keep)
+        return func(*args, **kwargs)
+
+    def source_of(self, tensor: Tensor) -> str | None:
+        """Where a value that left the graph came from, if this tensor is one (or shares memory written with one)."""
+        found: str | None = self._hidden.get(tensor)  # type: ignore[no-untyped-call]
+        if found is None and self._written and not tensor.requires_grad:
+            held = self._written.get(tensor.untyped_storage()._cdata)
+            found = None if held is None else held[1]
+        return found
+
+
+class _Call:
+    """One call: what it was given, and what its result has to be remembered for."""
+
+    def __init__(self, watch: Watch, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.watch = watch
+        self.func = func
+        self.name: str = getattr(func, "__name__", str(func))
+        self.tensors = list(tensors_of((args, kwargs)))
+        self.target = args[0] if args and isinstance(args[0], Tensor) else None
+        self.out = list(tensors_of(kwargs.get("out")))
+        # An in-place call changes grad_fn: look before it runs.
+        self.inputs = {tensor.grad_fn for tensor in self.tensors if tensor.grad_fn is not None}
+        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+            self.problem("saved-tensor hooks (activation checkpointing or offloading) are active: not supported")
+
+    def problem(self, text: str) -> None:
+        self.watch.problems[text] = None
+
+    def in_place(self) -> bool:
+        name = self.name
+        return (name.endswith("_") and not name.endswith("__")) or name in ("__setitem__", "__set__")
+
+    def setter(self) -> str:
+        """Name of the attribute a ``__set__`` call writes, else ''."""
+        return getattr(getattr(self.func, "__self__", None), "__name__", "") if self.name == "__set__" else ""
+
+    def follow(self, output: Any) -> None:
+        if self.name in _VALUE_FREE or (self.name == "__set__" and self.setter() != "data"):
+            return
+        outputs = list(tensors_of(output))
+        if self.in_place() and self.target is not None and not any(t is self.target for t in outputs):
+            outputs.append(self.target)
+        source = next((found for found in map(self.watch.source_of, self.tensors) if found), None)
+        live = any(tensor.requires_grad for tensor in self.tensors)
+        if source is None and not live:
+            return
+        if self.name in _HOOKS:
+            if self.target is not None and self.target.grad_fn is not None:
+                self.problem(f"a hook{caller()} may change the gradient on its way")
+            return
+        if self.name in _READS:
+            self.watch.assumptions[f"values read into Python by {self.name}{caller()} are constants of the step"] = None
+            return
+        self._check_writes(source)
+        for tensor in outputs:
+            self._result(tensor, source)
+
+    def _check_writes(self, source: str | None) -> None:
+        """Writes that change values behind the graph's back."""
+        if not (self.in_place() or self.out) or self.target is None:
+            return
+        written = self.out or [self.target]
+        for tensor in written:
+            if self.watch._aliases.get(tensor) or self.setter() == "data":  # type: ignore[no-untyped-call]
+                self.problem(f"{self.name}{caller()} changes a tensor of the graph through a detached alias")
+            elif tensor.requires_grad and tensor.grad_fn is not None and not torch.is_grad_enabled():
+                self.problem(f"{self.name}{caller()} changes a tensor of the graph under no_grad")
+
+    def _result(self, tensor: Tensor, source: str | None) -> None:
+        watch = self.watch
+        if tensor.requires_grad and tensor.grad_fn is not None:
+            self._name_nodes(tensor.grad_fn)
+            if source is not None:
+                message = f"{source} steers the differentiable {self.name}{caller()}"
+                watch.mixed.append((tensor.grad_fn, message))
+            elif self._opaque():
+                message = f"{self.name}{caller()} is written in Python and may hide a branch from autograd"
+                watch.mixed.append((tensor.grad_fn, message))
+        elif tensor.requires_grad and source is None:
+            return  # a leaf as it was
+        elif not torch.is_grad_enabled() and source is None:
+            watch.assumptions[f"values computed under no_grad by {self.name}{caller()} are constants"] = None
+        else:
+            origin = source or f"{self.name}{caller()}"
+            watch._hidden[tensor] = origin
+            if self.in_place() or self.out:
+                watch._written[tensor.untyped_storage()._cdata] = (tensor, origin)
+            memory = tensor.untyped_storage()._cdata
+            if any(given is not tensor and self._shares(given, memory) for given in self.tensors):
+                watch._aliases[tensor] = True
+
+    def _shares(self, given: Tensor, memory: int) -> bool:
+        """Is the result another view of a tensor of the graph, or of an alias of one?"""
+        if not (given.requires_grad or self.watch._aliases.get(given)):  # type: ignore[no-untyped-call]
+            return False
+        return bool(given.untyped_storage()._cdata == memory)
+
+    def _opaque(self) -> bool:
+        if isinstance(self.func, (OpOverload, OpOverloadPacket)):
+            namespace = str(self.func).split(".", 1)[0]
+            return namespace not in ("aten", "adcert", "prims")
+        return isinstance(self.func, FunctionType) and self.name not in _TRANSPARENT
+
+    def _name_nodes(self, node: Node) -> None:
+        """Every node between the result and what the call was given was made by this call."""
+        stack = [node]
+        while stack:
+            node = stack.pop()
+            if node is None or node in self.inputs or node in self.watch.made or node.name() == ACCUMULATE:
+                continue
+            self.watch.made[node] = f" ({self.name}{caller()})"
+            stack += [source for source, _ in node.next_functions]
+
+
+def tensors_of(value: Any) -> Iterable[Tensor]:
+    """Every tensor inside nested lists, tuples, dicts and slices."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, (list, tuple)):
+        for item in value:
+            yield from tensors_of(item)
+    elif isinstance(value, dict):
+        for item in value.values():
+            yield from tensors_of(item)
+    elif isinstance(value, slice):
+        yield from tensors_of((value.start, value.stop, value.step))
+
+
+_OURS = frozenset(f"adcert.{room}" for room in ("monitor", "nn", "records", "replay", "watch"))
+
+
+def caller() -> str:
+    """' at file:line' of the nearest frame outside torch and the recording modules."""
+    frame = sys._getframe(1)
+    while frame is not None:
+        module = frame.f_globals.get("__name__", "")
+        if not f"{module}.".startswith("torch.") and module not in _OURS:
+            return f" at {frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
+        frame = frame.f_back  # type: ignore[assignment]
+    return ""

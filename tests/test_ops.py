@@ -1,0 +1,380 @@
+"""The native operators: literal ties, then reference and torch, then what PyTorch asks of an operator."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from adcert import ops, reference
+
+NAN, INF = float("nan"), float("inf")
+LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "3d", "empty")
+
+
+def bits(t: Tensor) -> Tensor:
+    """The bits of a floating tensor; every NaN the same."""
+    t = torch.where(t.isnan(), torch.full_like(t, NAN), t)
+    return t.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
+
+
+def assert_same(actual: Tensor, expected: Tensor) -> None:
+    """Equal dtype, shape, strides and bits."""
+    assert actual.dtype == expected.dtype
+    assert actual.shape == expected.shape
+    assert actual.stride() == expected.stride()
+    if actual.is_floating_point():
+        actual, expected = bits(actual), bits(expected)
+    assert torch.equal(actual, expected)
+
+
+def image(dtype: torch.dtype, layout: str = "contiguous", special: bool = True) -> Tensor:
+    """Small integers (ties), both zeros (touches) and, if special, NaN and infinities."""
+    x = torch.randint(-3, 3, (2, 5, 20, 22)).to(dtype)
+    x[x == -3] = -0.0
+    x[1, 2] = -1
+    if special:
+        x[0, 0, 3, 4], x[0, 1, 2], x[1, 1, 5:8, 4:9] = NAN, INF, -INF
+    return {
+        "contiguous": lambda: x,
+        "channels_last": lambda: x.contiguous(memory_format=torch.channels_last),
+        "transposed": lambda: x.transpose(2, 3),
+        "sliced": lambda: x[:, ::2, :, 1:],
+        "3d": lambda: x[0],
+        "empty": lambda: x[:0],
+    }[layout]()
+
+
+def geometries() -> Iterator[tuple[Any, ...]]:
+    """kernel, stride, padding, dilation, ceil_mode; 2 x 2 and 3 x 3 and rectangles and two mask words."""
+    yield from itertools.product([2, 3, (2, 3)], [None, (3, 1)], [0, 1], [1, 2], [False, True])
+    yield from [(9, 1, 4, 1, False), (9, 3, 0, 2, True), ((1, 5), 2, (0, 2), 1, True), (16, 1, 2, 1, False)]
+    yield from [(17, 2, 1, 1, False), (1, 3, 0, 1, False), (2, 2, 0, 1, False), (3, 2, 1, 1, False)]
+
+
+def plain(x: Tensor, *geometry: Any, relu: bool) -> Tensor:
+    return F.max_pool2d(F.relu(x) if relu else x, *geometry)
+
+
+# literal answers
+
+
+def test_relu_touches_both_zeros() -> None:
+    result = ops.relu(torch.tensor([[-1.0, 0.0, NAN], [2.0, -0.0, INF]]))
+    assert result.touches.tolist() == [1, 4]
+    assert result.nonfinite.tolist() == [2]
+    assert torch.signbit(result.output).tolist() == [[False, False, False], [False, True, False]]
+
+
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_tie_literal(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    # channel 0: {1, 3, 3, 0}, {5, 5, 5, 5}, {2, 1, 0, -1}
+    # channel 1: {0, -0, -1, -2}, {NaN, NaN, 1, 2}, {-1, -1, -2, -2}
+    rows = [
+        [[1.0, 3.0, 5.0, 5.0, 2.0, 1.0], [3.0, 0.0, 5.0, 5.0, 0.0, -1.0]],
+        [[0.0, -0.0, NAN, NAN, -1.0, -1.0], [-1.0, -2.0, 1.0, 2.0, -2.0, -2.0]],
+    ]
+    x = torch.tensor([rows], dtype=dtype).contiguous(memory_format=layout)
+    pool = ops.max_pool2d(x, 2)
+    assert pool.offsets.tolist() == [[[[1, 0, 0]], [[0, 1, 0]]]]
+    assert pool.windows.tolist() == [0, 1, 3, 5]
+    assert pool.members.tolist() == [[0b0110], [0b1111], [0b0011], [0b0011]]
+    assert pool.touches.tolist() == []
+    assert pool.nonfinite.tolist() == [2]
+    fused = ops.max_pool2d(x, 2, relu=True)
+    assert fused.offsets.tolist() == [[[[1, 0, 0]], [[0, 1, 0]]]]
+    assert fused.windows.tolist() == [0, 1]
+    assert fused.touches.tolist() == [7, 10, 12, 13]
+    assert fused.nonfinite.tolist() == [2]
+
+
+def test_negative_zero_ties_with_zero_and_stays() -> None:
+    result = ops.max_pool2d(torch.tensor([[[-0.0, 0.0], [-1.0, 0.0]]]), 2)
+    assert result.members.tolist() == [[0b1011]]
+    assert torch.signbit(result.output).item()
+
+
+def test_members_need_two_words() -> None:
+    result = ops.max_pool2d(torch.ones(1, 9, 9), 9)
+    assert result.members.tolist() == [[-1, (1 << 17) - 1]]
+
+
+def test_overlapping_windows_share_a_member() -> None:
+    # windows 3 wide, stride 1, of [1, 2, 2, 1]: {1, 2, 2} and {2, 2, 1}; the gradient of both reaches cell 1
+    x = torch.tensor([[[1.0, 2.0, 2.0, 1.0]]], requires_grad=True)
+    result = ops.max_pool2d(x, (1, 3), 1)
+    assert result.members.tolist() == [[0b110], [0b011]]
+    result.output.backward(torch.tensor([[[10.0, 1.0]]]))
+    assert x.grad is not None
+    assert x.grad.tolist() == [[[0.0, 11.0, 0.0, 0.0]]]
+
+
+def test_gradient_stops_where_relu_is_flat() -> None:
+    x = torch.tensor([[[-1.0, -2.0, 1.0, 3.0]]], requires_grad=True)
+    ops.max_pool2d(x, (1, 2), relu=True).output.backward(torch.tensor([[[10.0, 1.0]]]))
+    assert x.grad is not None
+    assert x.grad.tolist() == [[[0.0, 0.0, 0.0, 1.0]]]
+
+
+def test_touch_outside_every_window() -> None:
+    # the last column is in no window, but its unit is on the kink all the same
+    x = torch.tensor([[[1.0, 2.0, 0.0], [3.0, 4.0, 5.0]]])
+    assert ops.max_pool2d(x, 2, relu=True).touches.tolist() == [2]
+
+
+# reference and torch
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+def test_pool_is_the_reference(dtype: torch.dtype, layout: str, relu: bool) -> None:
+    x = image(dtype, layout)
+    for geometry in geometries():
+        actual = ops.max_pool2d(x, *geometry, relu=relu)
+        expected = reference.max_pool2d(x, *geometry, relu=relu)
+        for a, e in zip(actual, expected, strict=True):
+            assert_same(a, e)
+        assert_same(actual.output, plain(x, *geometry, relu=relu))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+def test_pool_gradient_is_torchs(dtype: torch.dtype, layout: str, relu: bool) -> None:
+    for geometry in geometries():
+        x = image(dtype, layout, special=False)
+        ours, theirs = x.detach().requires_grad_(), x.detach().requires_grad_()
+        expected = plain(theirs, *geometry, relu=relu)
+        seed = torch.randn_like(expected)
+        seed[..., ::5] = -0.0
+        (g,) = torch.autograd.grad(ops.max_pool2d(ours, *geometry, relu=relu).output, ours, seed)
+        (h,) = torch.autograd.grad(expected, theirs, seed)
+        assert torch.equal(bits(g), bits(h)), geometry
+        if layout in ("contiguous", "channels_last"):
+            assert g.stride() == h.stride()
+
+
+@pytest.mark.parametrize("layout", [*LAYOUTS, "expanded", "scalar"])
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+def test_relu_is_the_reference(dtype: torch.dtype, layout: str) -> None:
+    if layout == "expanded":
+        x = image(dtype)[:, :, :1].expand(2, 5, 7, 22)
+    elif layout == "scalar":
+        x = torch.zeros((), dtype=dtype)
+    else:
+        x = image(dtype, layout)
+    for a, e in zip(ops.relu(x), reference.relu(x), strict=True):
+        assert_same(a, e)
+    for kink in (0.0, -2.0, 0.1):
+        for a, e in zip(ops.touches(x, kink), reference.touches(x, kink), strict=True):
+            assert_same(a, e)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+def test_relu_gradient_is_torchs(dtype: torch.dtype, layout: str) -> None:
+    x = image(dtype, layout)
+    ours, theirs, seed = x.detach().requires_grad_(), x.detach().requires_grad_(), torch.randn_like(x)
+    (g,) = torch.autograd.grad(ops.relu(ours).output, ours, seed)
+    (h,) = torch.autograd.grad(torch.relu(theirs), theirs, seed)
+    assert_same(g, h)
+
+
+def test_long_rows_and_many_channels() -> None:
+    # more lanes than one tile holds, in both formats, with a remainder
+    for shape in ((1, 2, 5, 1201), (1, 601, 4, 5)):
+        for layout in (torch.contiguous_format, torch.channels_last):
+            x = torch.randint(-2, 3, shape).float().contiguous(memory_format=layout)
+            for geometry in ((2,), (3, 2, 1)):
+                for a, e in zip(
+                    ops.max_pool2d(x, *geometry, relu=True),
+                    reference.max_pool2d(x, *geometry, relu=True),
+                    strict=True,
+                ):
+                    assert_same(a, e)
+
+
+def test_pool_indices_are_torchs() -> None:
+    x = image(torch.float32)
+    for geometry in geometries():
+        offsets = ops.max_pool2d(x, *geometry).offsets
+        _, indices = F.max_pool2d(x, *geometry, return_indices=True)
+        assert torch.equal(ops.pool_indices(offsets, x.shape, *geometry[:4]), indices)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_order_does_not_depend_on_threads(layout: torch.memory_format) -> None:
+    x = torch.randint(-2, 3, (9, 33, 30, 31)).float().contiguous(memory_format=layout)
+    results = []
+    for threads in (1, 2, 3, 7):
+        torch.set_num_threads(threads)
+        results.append([*ops.max_pool2d(x, 3, 2, 1, relu=True), *ops.relu(x), *ops.max_pool2d(x, 2)])
+    for result in results[1:]:
+        for a, e in zip(result, results[0], strict=True):
+            assert_same(a, e)
+
+
+# bad input
+
+
+@pytest.mark.parametrize(
+    ("shape", "arguments"),
+    [
+        ((4, 4), {}),
+        ((1, 0, 4, 4), {}),
+        ((1, 1, 4, 4), {"stride": 0}),
+        ((1, 1, 4, 4), {"padding": 2}),
+        ((1, 1, 4, 4), {"padding": -1}),
+        ((1, 1, 4, 4), {"dilation": 0}),
+        ((1, 1, 1, 4), {}),
+        ((1, 1, 1, 1), {"dilation": 3, "padding": 2}),  # torch reads beyond the image here
+    ],
+)
+def test_bad_geometry(shape: tuple[int, ...], arguments: dict[str, int]) -> None:
+    with pytest.raises(RuntimeError, match="max_pool2d"):
+        ops.max_pool2d(torch.zeros(shape), 2, **arguments)
+
+
+@pytest.mark.parametrize("op", [ops.relu, ops.touches, lambda x: ops.max_pool2d(x, 2)])
+def test_bad_dtype(op: Callable[[Tensor], object]) -> None:
+    with pytest.raises(RuntimeError, match="float16"):
+        op(torch.zeros(1, 4, 4, dtype=torch.int32))
+
+
+def test_routes_that_do_not_fit() -> None:
+    grad, routes = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 3, 2, dtype=torch.uint8)
+    with pytest.raises(RuntimeError, match="routes"):
+        torch.ops.adcert.max_pool2d_backward(grad, routes, 4, 4, (2, 2), (2, 2), (0, 0), (1, 1), False)
+
+
+def test_in_place_on_the_output_keeps_the_gradient() -> None:
+    x = image(torch.float32, special=False)
+    ours, theirs = x.clone().requires_grad_(), x.clone().requires_grad_()
+    ops.max_pool2d(ours, 2, relu=True).output.mul_(2).sum().backward()
+    plain(theirs, 2, relu=True).mul_(2).sum().backward()
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    assert_same(ours.grad, theirs.grad)
+
+
+# what PyTorch asks of an operator
+
+
+def samples(name: str) -> Iterator[tuple[Any, ...]]:
+    """Arguments of every operator, for opcheck."""
+    for dtype, layout, grad in itertools.product(
+        (torch.float32, torch.bfloat16), ("contiguous", "channels_last", "3d"), (False, True)
+    ):
+        x = image(dtype, layout, special=False).detach().requires_grad_(grad)
+        pairs = ((3, 3), (2, 2), (1, 1), (1, 1))
+        if name == "relu":
+            yield (x,)
+        elif name == "touches":
+            yield (x.detach(), 1.0)
+        elif name == "max_pool2d":
+            yield (x, *pairs, True, False)
+            yield (x, (2, 2), (2, 2), (0, 0), (1, 1), False, True)
+            yield (x, (9, 9), (4, 4), (0, 0), (1, 1), False, True)
+        else:
+            routes = torch.ops.adcert.max_pool2d(x.detach(), *pairs, False, True)[6]
+            if name == "max_pool2d_gather":
+                yield (x, routes, *pairs)
+            else:
+                seed = torch.randn(routes.shape, dtype=dtype).requires_grad_(grad)
+                yield (seed, routes, *x.shape[-2:], *pairs, layout == "channels_last")
+
+
+OPERATORS = ("relu", "touches", "max_pool2d", "max_pool2d_backward", "max_pool2d_gather")
+
+
+def test_every_operator_is_listed() -> None:
+    names = {schema.name for schema in torch._C._jit_get_all_schemas()}
+    assert {n.removeprefix("adcert::") for n in names if n.startswith("adcert::")} == set(OPERATORS)
+
+
+@pytest.mark.parametrize("name", OPERATORS)
+def test_opcheck(name: str) -> None:
+    for arguments in samples(name):
+        torch.library.opcheck(getattr(torch.ops.adcert, name).default, arguments)
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "3d"])
+@pytest.mark.parametrize("relu", [False, True])
+def test_batched_gradient_is_the_loop(layout: str, relu: bool) -> None:
+    x = image(torch.float64, layout, special=False).requires_grad_()
+    y = ops.max_pool2d(x, 3, 2, 1, relu=relu).output
+    seeds = torch.randn(4, *y.shape, dtype=torch.float64)
+    (batched,) = torch.autograd.grad(y, x, seeds, retain_graph=True, is_grads_batched=True)
+    for seed, g in zip(seeds, batched, strict=True):
+        assert torch.equal(g, torch.autograd.grad(y, x, seed, retain_graph=True)[0])
+
+
+@pytest.mark.parametrize("shape", [(5, 4, 4), (2, 5, 4, 4)])
+@pytest.mark.parametrize("in_dims", [(0, 0), (0, None), (None, 0), (1, 2)])
+def test_vmap_of_the_backward_ops(shape: tuple[int, ...], in_dims: tuple[int | None, int | None]) -> None:
+    geometry = ((2, 2), (2, 2), (0, 0), (1, 1))
+    xs, size = torch.randn(3, *shape), shape[-2:]
+    routes = torch.stack([ops.max_pool2d(x, 2).offsets for x in xs])
+    seeds = torch.randn(routes.shape)
+
+    def scatter(g: Tensor, r: Tensor) -> Tensor:
+        return torch.ops.adcert.max_pool2d_backward(g, r, *size, *geometry, False)  # type: ignore[no-any-return]
+
+    def gather(x: Tensor, r: Tensor) -> Tensor:
+        return torch.ops.adcert.max_pool2d_gather(x, r, *geometry)  # type: ignore[no-any-return]
+
+    for op, values in ((scatter, seeds), (gather, xs)):
+        both = list(zip((values, routes), in_dims, strict=True))
+        parts = [[t[0]] * 3 if d is None else list(t) for t, d in both]
+        expected = torch.stack([op(v, r) for v, r in zip(*parts, strict=True)])
+        args = [t[0] if d is None else t.movedim(0, d) for t, d in both]
+        assert torch.equal(torch.vmap(op, in_dims)(*args), expected)
+
+
+def test_second_derivative() -> None:
+    x = torch.randn(1, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+
+    def f(x: Tensor) -> Tensor:
+        return ops.max_pool2d(x, 3, 2, 1, relu=True).output ** 3 + ops.relu(x).output.sum() ** 2
+
+    assert torch.autograd.gradcheck(f, (x,))
+    assert torch.autograd.gradgradcheck(f, (x,))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_autocast_does_not_cast(dtype: torch.dtype) -> None:
+    x = image(dtype).requires_grad_()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.relu(x).dtype == dtype
+        assert ops.relu(x).output.dtype == dtype
+        assert ops.max_pool2d(x, 2, relu=True).output.dtype == F.max_pool2d(x, 2).dtype == dtype
+
+
+def test_no_gradient_wanted() -> None:
+    x = image(torch.float32)
+    assert not ops.max_pool2d(x, 2).output.requires_grad
+    with torch.no_grad():
+        assert not ops.relu(x.requires_grad_()).output.requires_grad
+    result = ops.max_pool2d(x, 2, relu=True)
+    assert [t.requires_grad for t in result] == [True, False, False, False, False, False]
+
+
+def test_compiles_into_one_graph() -> None:
+    def f(x: Tensor) -> Tensor:
+        return ops.max_pool2d(x, 2, relu=True).output.sum() + ops.relu(x).output.mean()
+
+    compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+    ours, theirs = (image(torch.float32, special=False).requires_grad_() for _ in range(2))
+    theirs = ours.detach().clone().requires_grad_()
+    compiled(ours).backward()
+    f(theirs).backward()
+    assert ours.grad is not None
+    assert theirs.grad is not None
+    assert_same(ours.grad, theirs.grad)
