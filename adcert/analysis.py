@@ -13,6 +13,7 @@ from torch import Tensor
 from .audit import audit_graph
 from .certificate import Block, Certificate, LayerReport, Verdict
 from .decisions import Findings, RowSet, Scope, decide_record, rank_leaves
+from .errors import AdcertError
 from .layers import Graph, Layer, Leaves, Order, Tau, order_layers
 from .records import Node, OpRecord
 from .systems import System, solve
@@ -117,8 +118,8 @@ class StepAnalysis:
             self.bias[record] = ranks.bias[record].kind if record in ranks.bias else "none"
             try:
                 found = decide_record(scope, record)
-            except RuntimeError as error:  # saved tensors freed or modified: autograd's own message
-                self.failures[f"{record.name}: {error}"] = None
+            except Exception as error:  # the user's training goes on; the step is undecided, loudly
+                self.failures[f"{record.name}: the analysis failed with {type(error).__name__}: {error}"] = None
                 continue
             earlier = self.findings.get(record)
             if earlier is not None:  # a second backward through the same graph: both losses' rows count
@@ -144,7 +145,10 @@ class StepAnalysis:
         if not failures:
             failures += self._misplaced(rowsets, ranks)
         if not failures:
-            blocks = self._blocks(order, rowsets, ranks)
+            try:
+                blocks = self._blocks(order, rowsets, ranks)
+            except AdcertError as error:
+                failures.append(f"the systems could not be decided: {error}")
         verdict, reasons = _verdict(failures, doubts, blocks)
         self.seconds["solve"] += time.perf_counter() - start
         return self._assemble(verdict, reasons, order, ranks, blocks, tuple(assumptions))

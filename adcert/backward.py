@@ -22,10 +22,10 @@ from torch.nn import functional as F
 
 from . import balls, normalization
 from .balls import Ball
+from .differences import Differences
 from .equality import cell_inputs
 from .layers import Graph, kind_of, shape_of
 from .records import Node, OpRecord
-from .rows import Differences
 
 BUDGET = 256 << 20  # bytes a batch of rows may take
 

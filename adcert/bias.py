@@ -9,9 +9,10 @@ from functools import partial
 
 from torch import Tensor
 
+from .differences import broadcast_index
 from .layers import Graph, kind_of, shape_of
 from .records import Node, OpRecord
-from .rows import SAME_UNITS, broadcast_index
+from .rows import SAME_UNITS
 
 
 @dataclass(frozen=True, eq=False)

@@ -17,11 +17,12 @@ from torch import Tensor
 from . import backward
 from .balls import Ball
 from .bias import Bias, bias_of
+from .differences import Differences, Expansion, Part, groups_of, unit_parts
 from .equality import cell_inputs, follow, maximisers, prove_expansion_zero, selected_inputs, tied_members
 from .layers import Graph, Order
 from .records import OpRecord, take
 from .relevance import rectified, relevant_inputs, relevant_outputs
-from .rows import Differences, Expansion, Part, expand, groups_of, unit_parts
+from .rows import expand
 
 PARTIAL_LIMIT = 4096  # differences one record may send through the partial backward engine in a step
 

@@ -13,9 +13,10 @@ import math
 import torch
 from torch import Tensor
 
+from .differences import Differences, Expansion
 from .layers import Graph
 from .records import OpRecord, take
-from .rows import Differences, Expansion, expand
+from .rows import expand
 
 
 def selected_inputs(record: OpRecord, units: Tensor) -> Tensor:
@@ -105,4 +106,5 @@ def maximisers(record: OpRecord, windows: Tensor) -> Tensor:
     owner, cells = tied_members(record)
     mine = torch.isin(owner, windows)
     members = torch.cat([selected_inputs(record, windows), cell_inputs(record, owner[mine], cells[mine])])
-    return members.unique()
+    distinct: Tensor = torch.unique(members)
+    return distinct

@@ -13,8 +13,8 @@ from scipy.sparse.csgraph import connected_components
 
 from .certificate import Block, Column
 from .decisions import RowSet
+from .differences import Part, groups_of
 from .feasibility import Decision, Proof, decide
-from .rows import Part, groups_of
 
 
 @dataclass(frozen=True, eq=False)

@@ -31,7 +31,8 @@ _VALUE_FREE = frozenset(
     __hash__""".split()
 )
 _READS = frozenset(
-    """item tolist numpy __bool__ __int__ __float__ __index__ __array__ __contains__ __dlpack__""".split()
+    """item tolist numpy __bool__ __int__ __float__ __index__ __array__ __contains__ __dlpack__
+    untyped_storage storage data_ptr""".split()
 )
 _HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook"})
 _RELU = frozenset({F.relu, torch.relu, Tensor.relu})
