@@ -38,7 +38,6 @@ class StepAnalysis:
         self.seconds: dict[str, float] = defaultdict(float)
         self.roots: set[Node] = set()
         self.assumptions: dict[str, None] = {}
-        self._versions: dict[str, int] = {}
 
     def root(self, roots: Sequence[Tensor], inputs: Iterable[Tensor] | Tensor | None, watch: Watch) -> list[OpRecord]:
         """Analyse the graph below ``roots``; ``inputs`` are those of autograd.grad or backward(inputs=...).
@@ -77,20 +76,18 @@ class StepAnalysis:
             self.failures[problem] = None
         for node in graph.nodes:
             graph.leaf(node)  # names foreign leaves
-        self._check_leaves()
+        self._check_leaves(watch)
         if inputs is not None:
             chosen = {id(t) for t in ([inputs] if isinstance(inputs, Tensor) else inputs)}
             leaves = {id(node.variable) for node in graph.nodes if graph.leaf(node) and hasattr(node, "variable")}
             if chosen != leaves:
                 self.failures["the backward pass was restricted to some inputs: not supported"] = None
 
-    def _check_leaves(self) -> None:
-        """All backward passes of a step are about one w; foreign leaves and gradient hooks are assumptions."""
-        versions = {name: tensor._version for name, tensor in self.leaves.trainable().items()}
-        changed = [name for name, version in self._versions.items() if versions.get(name, version) != version]
-        if changed:
-            self.failures[f"parameter {changed[0]} was modified between two backward passes of the step"] = None
-        self._versions = versions
+    def _check_leaves(self, watch: Watch) -> None:
+        """A step is about one w; foreign leaves and gradient hooks are assumptions."""
+        changed = watch.changed_leaf()
+        if changed is not None:
+            self.failures[f"{self.leaves.name(changed)} was modified after its first use in the step"] = None
         for name, tensor in self.leaves.trainable().items():
             if not self.leaves.in_model(name):
                 self.assumptions[f"{name}, a leaf outside the model, is an independent variable"] = None
@@ -111,7 +108,7 @@ class StepAnalysis:
     def _decide(self, graph: Graph, records: list[OpRecord]) -> None:
         for record in records:
             self.taus[record] = graph.tau(record)
-        ranks = rank_leaves(graph, order_layers(self.taus))
+        ranks = rank_leaves(graph, order_layers(self.taus), self.strict)
         self.ranks.update(ranks.of)
         scope = Scope(graph, ranks, self.strict)
         for record in records:

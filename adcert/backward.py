@@ -141,6 +141,10 @@ class _Pass:
     def run(self, edge: tuple[Node, int], differences: Differences) -> dict[str, Ball]:
         if edge[0] is None:
             return {}
+        with torch.no_grad():
+            return self._run(edge, differences)
+
+    def _run(self, edge: tuple[Node, int], differences: Differences) -> dict[str, Ball]:
         self.send(edge, seeds(differences, shape_of(*edge)))
         start = self.graph.position[edge[0]]
         for node in self.graph.nodes[start:]:

@@ -60,6 +60,8 @@ class Ball:
 
     def sum(self, dims: tuple[int, ...], keepdim: bool = False) -> Ball:
         """Sum over some dimensions."""
+        if not dims:
+            return self  # torch would sum over everything
         terms = 1
         for dim in dims:
             terms *= self.value.shape[dim]
@@ -143,6 +145,8 @@ def exact_additions(x: Tensor, y: Tensor) -> bool:
     """True if elementwise sums round nothing."""
     if x.numel() > _LARGE or y.numel() > _LARGE:
         return False
+    if x.numel() == 0 or y.numel() == 0:
+        return True
     quanta = [q for q in (quantum(x), quantum(y)) if q is not None]
     if not quanta:
         return True
@@ -154,7 +158,7 @@ def exact_sum(x: Tensor, total: Tensor) -> bool:
     if x.numel() > _LARGE:
         return False
     q = quantum(x)
-    return q is None or _below(float(total.max()), q)
+    return q is None or total.numel() == 0 or _below(float(total.max()), q)
 
 
 def linear(apply: Callable[[Tensor, Tensor], Tensor], x: Ball, weight: Tensor, terms: int) -> Ball:
@@ -163,16 +167,20 @@ def linear(apply: Callable[[Tensor, Tensor], Tensor], x: Ball, weight: Tensor, t
     bound = apply(x.value.abs(), weight.abs())
     inherited = None if x.radius is None else apply(x.radius, weight.abs())
     if exact_linear(x.value, weight, bound):
+        if inherited is not None and not _safe_from_underflow(x.radius, weight):
+            inherited = inherited + TINY
         return Ball(value, None if inherited is None else inherited * SLACK)
     rounding = bound * gamma(terms)
-    if not _safe_from_underflow(x.value, weight):
+    if not (_safe_from_underflow(x.value, weight) and _safe_from_underflow(x.radius, weight)):
         rounding = rounding + TINY
     radius = rounding if inherited is None else rounding + inherited * (1 + gamma(terms))
     return Ball(value, radius * SLACK)
 
 
-def _safe_from_underflow(x: Tensor, y: Tensor) -> bool:
+def _safe_from_underflow(x: Tensor | None, y: Tensor) -> bool:
     """The smallest nonzero product is a normal number: zeros in the result's bound are true zeros."""
+    if x is None:
+        return True
     first, second = x[x != 0].abs(), y[y != 0].abs()
     if first.numel() == 0 or second.numel() == 0:
         return True

@@ -8,7 +8,7 @@ bias settles touches) only where that bias is really there.
 
 from __future__ import annotations
 
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
 import torch
@@ -65,7 +65,7 @@ class Ranks:
     bias: dict[OpRecord, Bias]
 
 
-def rank_leaves(graph: Graph, order: Order) -> Ranks:
+def rank_leaves(graph: Graph, order: Order, strict: bool) -> Ranks:
     """Split a layer's bias from its other parameters where every record of the layer agrees on it.
 
     The bias block of a same-group tie is exactly zero and that of a touch is -1, so ranking the bias above the
@@ -74,11 +74,16 @@ def rank_leaves(graph: Graph, order: Order) -> Ranks:
     of: dict[str, int] = {}
     chosen: dict[OpRecord, Bias] = {}
     present = set(graph.record_of.values())
+    pairs = defaultdict(list)
+    for record in present:
+        if record.ties is not None and len(record.ties.windows):
+            base, followed = _follow(graph, record, _tied_pairs(record)[1], strict)
+            pairs[base].append(followed)
     for index, layer in enumerate(order.layers):
         for leaf in layer.leaves:
             of[leaf] = 2 * index
         biases = {record: bias_of(graph, record, order.own[record]) for record in layer.records if record in present}
-        if _splits(order, biases):
+        if _splits(order, biases, pairs):
             for record, bias in biases.items():
                 if bias is not None:
                     chosen[record] = bias
@@ -86,17 +91,15 @@ def rank_leaves(graph: Graph, order: Order) -> Ranks:
     return Ranks(order, of, chosen)
 
 
-def _splits(order: Order, biases: dict[OpRecord, Bias | None]) -> bool:
+def _splits(order: Order, biases: dict[OpRecord, Bias | None], pairs: dict[OpRecord, list[Differences]]) -> bool:
     used = {bias.leaf for bias in biases.values() if bias is not None}
     for record, bias in biases.items():
         for leaf in order.own[record]:
             if leaf in used and (bias is None or bias.leaf != leaf):
                 return False  # here the same parameter is not a bias
-        if bias is not None and record.ties is not None and len(record.ties.windows):
-            owner, cells = tied_members(record)
-            members = bias.group(cell_inputs(record, owner, cells))
-            chosen = bias.group(selected_inputs(record, owner))
-            if not bool((members == chosen).all()):
+        for d in pairs[record] if bias is not None else []:
+            both = (d.plus >= 0) & (d.minus >= 0)
+            if bias is not None and not torch.equal(bias.group(d.plus[both]), bias.group(d.minus[both])):
                 return False  # ties across biases: solve jointly with the weights
     return True
 
@@ -136,12 +139,17 @@ def _touches(scope: Scope, record: OpRecord, found: Findings) -> None:
         _resolve(scope, base, Differences(torch.full_like(units, -1), units), "touch", found)
 
 
-def _ties(scope: Scope, record: OpRecord, found: Findings) -> None:
-    assert record.ties is not None
+def _tied_pairs(record: OpRecord) -> tuple[Tensor, Differences]:
+    """(window, selected member minus other member) of every pair of every tie."""
     owner, cells = tied_members(record)
     members, chosen = cell_inputs(record, owner, cells), selected_inputs(record, owner)
     other = members != chosen
-    owner, members, chosen = owner[other], members[other], chosen[other]
+    return owner[other], Differences(chosen[other], members[other])
+
+
+def _ties(scope: Scope, record: OpRecord, found: Findings) -> None:
+    owner, d = _tied_pairs(record)
+    chosen, members = d.plus, d.minus
     if len(owner) and rectified(scope.graph, record):
         keep = take(record.output, owner) > 0
         found.exemptions["flat"] += int((~keep).sum())
@@ -157,7 +165,7 @@ def _ties(scope: Scope, record: OpRecord, found: Findings) -> None:
 
 def _resolve(scope: Scope, record: OpRecord, differences: Differences, rule: str, found: Findings) -> Tensor:
     """Settle differences of y's units (``plus`` must win); returns the mask of those that were not discharged."""
-    base, followed = _follow(scope, record, differences)
+    base, followed = _follow(scope.graph, record, differences, scope.strict)
     open_ = followed.plus != followed.minus
     found.exemptions["zero gradient" if rule == "touch" else "zero slope"] += int((~open_).sum())
     rows = torch.nonzero(open_).flatten()
@@ -181,18 +189,18 @@ def _resolve(scope: Scope, record: OpRecord, differences: Differences, rule: str
     return open_
 
 
-def _follow(scope: Scope, record: OpRecord, differences: Differences) -> tuple[OpRecord, Differences]:
+def _follow(graph: Graph, record: OpRecord, differences: Differences, strict: bool) -> tuple[OpRecord, Differences]:
     """Go through recorded operations that feed this one directly: their parameters are the deepest ones.
 
     In strict mode only from a pooling to the ReLU under it (one layer phi o rho of the paper).
     """
     steps = 0
     while True:
-        source = scope.graph.record_of.get(record.edge[0])
+        source = graph.record_of.get(record.edge[0])
         if source is None:
             return record, differences
         joined = record.ties is not None and not record.relu and source.ties is None and steps == 0
-        if scope.strict and not joined:
+        if strict and not joined:
             return record, differences
         record, differences, steps = source, follow(source, differences), steps + 1
 

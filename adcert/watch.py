@@ -76,6 +76,12 @@ class Watch(TorchFunctionMode):
         self._hidden: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._aliases: WeakIdKeyDictionary = WeakIdKeyDictionary()
         self._written: dict[int, tuple[Tensor, str]] = {}
+        self._versions: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._leaves: dict[int, tuple[Tensor, int]] = {}
+
+    def changed_leaf(self) -> Tensor | None:
+        """A leaf that was written to after its first use in the step, or None."""
+        return next((leaf for leaf, version in self._leaves.values() if leaf._version != version), None)
 
     def origin(self, node: Node) -> str:
         """' (function at file:line)' of the call that made a node, as far as it was kept."""
@@ -93,7 +99,10 @@ class Watch(TorchFunctionMode):
             output = func(*args, **kwargs)
         if call.name in ("__iter__", "__reversed__"):
             output = list(output)
-        call.follow(output)
+        try:
+            call.follow(output)
+        except RuntimeError as error:  # autograd refuses to tell about some views; the user's program may go on
+            call.problem(f"{call.name}{caller()} cannot be followed: {error}")
         return iter(output) if call.name in ("__iter__", "__reversed__") else output
 
     def _recorded(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -144,14 +153,33 @@ class _Call:
     def __init__(self, watch: Watch, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.watch = watch
         self.func = func
+        self.args, self.kwargs = args, kwargs
         self.name: str = getattr(func, "__name__", str(func))
         self.tensors = list(tensors_of((args, kwargs)))
         self.target = args[0] if args and isinstance(args[0], Tensor) else None
         self.out = list(tensors_of(kwargs.get("out")))
-        # An in-place call changes grad_fn: look before it runs.
-        self.inputs = {tensor.grad_fn for tensor in self.tensors if tensor.grad_fn is not None}
+        # An in-place call changes grad_fn and version: look before it runs.
+        self.inputs: set[Node] = set()
+        self.versions = [tensor._version for tensor in self.tensors]
+        for tensor, version in zip(self.tensors, self.versions, strict=True):
+            self._sight(tensor, version)
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             self.problem("saved-tensor hooks (activation checkpointing or offloading) are active: not supported")
+
+    def _sight(self, tensor: Tensor, version: int) -> None:
+        """Note where a tensor stands; a graph tensor must not have changed since it was last seen."""
+        if not tensor.requires_grad:
+            return
+        try:
+            node = tensor.grad_fn
+        except RuntimeError as error:
+            self.problem(f"{self.name}{caller()} meets a view that autograd refuses: {error}")
+            return
+        if node is not None:
+            self.inputs.add(node)
+            last = self.watch._versions.get(tensor)  # type: ignore[no-untyped-call]
+            if last is not None and last != version:
+                self.problem(f"a tensor of the graph was written to out of sight before {self.name}{caller()}")
 
     def problem(self, text: str) -> None:
         self.watch.problems[text] = None
@@ -170,7 +198,9 @@ class _Call:
         outputs = list(tensors_of(output))
         if self.in_place() and self.target is not None and not any(t is self.target for t in outputs):
             outputs.append(self.target)
-        source = next((found for found in map(self.watch.source_of, self.tensors) if found), None)
+        unread = self._unread()
+        read = [tensor for tensor in self.tensors if not any(tensor is other for other in unread)]
+        source = next((found for found in map(self.watch.source_of, read) if found), None)
         live = any(tensor.requires_grad for tensor in self.tensors)
         if source is None and not live:
             return
@@ -181,24 +211,44 @@ class _Call:
         if self.name in _READS:
             self.watch.assumptions[f"values read into Python by {self.name}{caller()} are constants of the step"] = None
             return
-        self._check_writes(source)
+        self._check_writes()
+        for tensor in unread:  # written without a new version
+            self.watch._hidden[tensor] = f"{self.name}{caller()}"
         for tensor in outputs:
             self._result(tensor, source)
+        if any(tensor.requires_grad and not tensor.is_leaf for tensor in outputs):
+            for tensor in self.tensors:
+                if tensor.requires_grad and tensor.is_leaf:
+                    self.watch._leaves.setdefault(id(tensor), (tensor, tensor._version))
 
-    def _check_writes(self, source: str | None) -> None:
-        """Writes that change values behind the graph's back."""
-        if not (self.in_place() or self.out) or self.target is None:
-            return
-        written = self.out or [self.target]
-        for tensor in written:
-            if self.watch._aliases.get(tensor) or self.setter() == "data":  # type: ignore[no-untyped-call]
+    def _unread(self) -> list[Tensor]:
+        """Running statistics are written, not read, by a normalisation in train mode."""
+        if self.name not in ("batch_norm", "instance_norm"):
+            return []
+        names = ("input", "running_mean", "running_var", "weight", "bias", "training")
+        given = dict(zip(names, self.args, strict=False)) | self.kwargs
+        training = given.get("training", given.get("use_input_stats", self.name == "instance_norm"))
+        statistics = (given.get("running_mean"), given.get("running_var"))
+        return [t for t in statistics if isinstance(t, Tensor)] if training else []
+
+    def _check_writes(self) -> None:
+        """Writes that change values behind the graph's back: a new version without a new node."""
+        for tensor, version in zip(self.tensors, self.versions, strict=True):
+            if tensor._version == version and self.setter() != "data":
+                continue
+            base = self.watch._aliases.get(tensor)  # type: ignore[no-untyped-call]
+            unused = base is not None and base.is_leaf and id(base) not in self.watch._leaves
+            if (base is not None and not unused) or self.setter() == "data":
                 self.problem(f"{self.name}{caller()} changes a tensor of the graph through a detached alias")
-            elif tensor.requires_grad and tensor.grad_fn is not None and not torch.is_grad_enabled():
-                self.problem(f"{self.name}{caller()} changes a tensor of the graph under no_grad")
+            elif tensor.requires_grad and tensor.grad_fn is not None and tensor.grad_fn in self.inputs:
+                self.problem(f"{self.name}{caller()} changes a tensor of the graph without autograd (under no_grad)")
+            elif not tensor.requires_grad:  # a buffer that holds a function of the parameters from now on
+                self.watch._hidden[tensor] = f"{self.name}{caller()}"
 
     def _result(self, tensor: Tensor, source: str | None) -> None:
         watch = self.watch
         if tensor.requires_grad and tensor.grad_fn is not None:
+            watch._versions[tensor] = tensor._version
             self._name_nodes(tensor.grad_fn)
             if source is not None:
                 message = f"{source} steers the differentiable {self.name}{caller()}"
@@ -216,14 +266,11 @@ class _Call:
             if self.in_place() or self.out:
                 watch._written[tensor.untyped_storage()._cdata] = (tensor, origin)
             memory = tensor.untyped_storage()._cdata
-            if any(given is not tensor and self._shares(given, memory) for given in self.tensors):
-                watch._aliases[tensor] = True
-
-    def _shares(self, given: Tensor, memory: int) -> bool:
-        """Is the result another view of a tensor of the graph, or of an alias of one?"""
-        if not (given.requires_grad or self.watch._aliases.get(given)):  # type: ignore[no-untyped-call]
-            return False
-        return bool(given.untyped_storage()._cdata == memory)
+            for given in self.tensors:
+                if given is not tensor and given.untyped_storage()._cdata == memory:
+                    known = watch._aliases.get(given)  # type: ignore[no-untyped-call]
+                    if given.requires_grad or known is not None:
+                        watch._aliases[tensor] = given if known is None else known
 
     def _opaque(self) -> bool:
         if isinstance(self.func, (OpOverload, OpOverloadPacket)):

@@ -135,6 +135,32 @@ def gradient_hook(w: Tensor) -> Tensor:
     return h
 
 
+def relu_inplace_under_no_grad(w: Tensor) -> Tensor:
+    h = w * 1.0
+    with torch.no_grad():
+        nn.functional.relu(h, inplace=True)
+    return h + 1
+
+
+@torch.jit.script
+def write(x: Tensor) -> None:
+    x.clamp_(min=0)
+
+
+def scripted_write(w: Tensor) -> Tensor:
+    h = w * 1.0
+    with torch.no_grad():
+        write(h)
+    return h + 1
+
+
+def changed_between_uses(w: Tensor) -> Tensor:
+    first = torch.relu(w + 1)
+    with torch.no_grad():
+        w.add_(1)
+    return first - torch.relu(w)
+
+
 UNSEEN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "TorchScript": (scripted, "out of adcert's sight"),
     "thread": (in_thread, "out of adcert's sight"),
@@ -143,6 +169,9 @@ UNSEEN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "detach": (write_through_detach, "detached alias"),
     "replaced data": (replace_data, "__set__"),
     "no_grad": (write_under_no_grad, "under no_grad"),
+    "in-place module function": (relu_inplace_under_no_grad, "without autograd"),
+    "scripted write": (scripted_write, "written to out of sight"),
+    "parameter": (changed_between_uses, "after its first use"),
     "hook": (gradient_hook, "hook"),
 }
 
@@ -295,3 +324,35 @@ def test_foreign_leaves_and_hooks_are_listed() -> None:
     assert certificate.verdict is Verdict.CERTIFIED
     assert any("leaf0" in line for line in certificate.assumptions)
     assert any("hooks on 0" in line for line in certificate.assumptions)
+
+
+def test_running_statistics_of_the_same_step_are_hidden_values() -> None:
+    def loss(model: nn.BatchNorm1d, evaluated: bool) -> Tensor:
+        x = torch.arange(6.0).reshape(3, 2)
+        first = model(model(x)).sum()
+        return first + model.train(not evaluated)(x).sum()
+
+    for evaluated in (False, True):
+        model = nn.BatchNorm1d(2)
+        certificate = certify(lambda model=model, evaluated=evaluated: loss(model, evaluated), model)
+        assert (certificate.verdict is Verdict.CERTIFIED) is not evaluated
+
+
+def test_writing_views_of_parameters_under_no_grad_does_not_break_the_program() -> None:
+    layer = nn.Linear(2, 2)
+
+    def loss() -> Tensor:
+        with torch.no_grad():
+            layer.weight[0].fill_(0)
+        return layer(torch.ones(1, 2)).sum()
+
+    assert certify(loss, layer).verdict in (Verdict.CERTIFIED, Verdict.UNDECIDED)
+    assert layer.weight[0].tolist() == [0.0, 0.0]
+
+
+def test_clipping_weights_before_their_first_use_is_harmless() -> None:
+    def clipped(w: Tensor) -> Tensor:
+        w.data.clamp_(min=0)
+        return 2 * w
+
+    assert verdict(clipped, -1.0).verdict is Verdict.CERTIFIED
