@@ -181,7 +181,11 @@ def _safe_from_underflow(x: Tensor | None, y: Tensor) -> bool:
     """The smallest nonzero product is a normal number: zeros in the result's bound are true zeros."""
     if x is None:
         return True
-    first, second = x[x != 0].abs(), y[y != 0].abs()
-    if first.numel() == 0 or second.numel() == 0:
-        return True
-    return float(first.min()) * float(second.min()) > 1e-280
+    return _least(x) * _least(y) > 1e-280
+
+
+def _least(x: Tensor) -> float:
+    """The smallest absolute value that is not zero, infinity if there is none."""
+    if x.numel() == 0:
+        return math.inf
+    return float(x.abs().masked_fill(x == 0, math.inf).min())

@@ -278,28 +278,38 @@ def _partial_rows(scope: Scope, record: OpRecord, d: Differences, rule: str, fou
         return proved
     found.partial += len(d)
     try:
-        for batch in backward.gradients(scope.graph, record.edge, d):
-            proved[batch.start : batch.start + batch.count] = _place(scope, record, batch, rule, found)
+        # First the own layer alone: only rows that vanish there need the pass through the layers below.
+        for batch in backward.gradients(scope.graph, record.edge, d, local=True):
+            stop = batch.start + batch.count
+            proved[batch.start : stop] = _place(scope, record, batch, rule, found, own=True)
+        left = torch.nonzero(proved).flatten()
+        for batch in backward.gradients(scope.graph, record.edge, d.select(left)):
+            rows = left[batch.start : batch.start + batch.count]
+            proved[rows] = _place(scope, record, batch, rule, found, own=False)
     except backward.Unsupported as error:
         found.doubts.append(f"{record.name}: no error bound for {error} in a partial backward pass")
     return proved
 
 
-def _place(scope: Scope, record: OpRecord, batch: backward.Gradients, rule: str, found: Findings) -> Tensor:
-    """Put every row into the deepest rank where it is provably nonzero and everything deeper is provably zero."""
-    own = scope.ranks.order.own[record]
+def _place(scope: Scope, record: OpRecord, batch: backward.Gradients, rule: str, found: Findings, own: bool) -> Tensor:
+    """Put every row into the deepest rank where it is provably nonzero and everything deeper is provably zero.
+
+    ``own``: the batch covers w_l only. Returns the mask of rows that are exactly zero in all it covers.
+    """
+    order = scope.ranks.order
+    covered = [leaf for leaf in batch.leaves if not own or leaf in order.own[record]]
     state = torch.zeros(batch.count, dtype=torch.int64)  # 0 open, 1 placed, 2 in doubt
     by_rank: dict[int, list[str]] = {}
-    for leaf in batch.leaves:
+    for leaf in covered:
         by_rank.setdefault(scope.ranks.of[leaf], []).append(leaf)
-    below = set(batch.leaves)
+    below = set(covered) | (order.upstream[record] if own else set())
     for rank in sorted(by_rank, reverse=True):
         leaves = by_rank[rank]
         below -= set(leaves)
         zero = torch.stack([batch.leaves[leaf].zero().all(1) for leaf in leaves]).all(0)
         nonzero = torch.stack([batch.leaves[leaf].nonzero().any(1) for leaf in leaves]).any(0)
         here = (state == 0) & nonzero
-        if scope.strict and not own & set(leaves):
+        if scope.strict and not order.own[record] & set(leaves):
             # The own-layer row is exactly zero and the gradients differ: a zero row of P_l.
             if bool(here.any()):
                 found.rowsets.append(RowSet(record, rule, int(here.sum()), ()))

@@ -27,13 +27,14 @@ class Statistics:
         return t.reshape(1, -1, *[1] * (self.x.dim() - 2))
 
 
-def statistics(node: Node) -> Statistics:
+def statistics(node: Node, channels: Tensor | None = None) -> Statistics:
     """Mean and scale of a ``NativeBatchNormBackward`` node: of the batch in train mode, the running ones else.
 
     The batch's are functions of x, so they are recomputed from the saved x (the float32 ones the kernel saved are
-    roundings); the radii bound the float64 rounding.
+    roundings); the radii bound the float64 rounding. ``channels``: int64 [U], only these.
     """
-    x = node._saved_input.detach().to(torch.float64)
+    x = node._saved_input.detach()
+    x = (x if channels is None else x[:, channels]).to(torch.float64)
     dims = (0, *range(2, x.dim()))
     count = math.prod(x.shape[d] for d in dims)
 

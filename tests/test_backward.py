@@ -571,3 +571,31 @@ def test_a_row_that_vanishes_before_an_unknown_operation_needs_no_rule():
     assert bool(found["w"].zero().all())
     with pytest.raises(backward.Unsupported, match="TanhBackward"):
         list(backward.gradients(seen.graph, seen.record("last").edge, pairs((1, -1))))
+
+
+# ---- the own layer alone ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_local_pass_agrees_with_the_full_one_on_the_own_layer(dtype: torch.dtype, affine: bool):
+    """Rows of one channel through train-mode normalisation take a shorter way; the balls must meet, and be small."""
+    generator = torch.Generator().manual_seed(4)
+    first, norm = nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3, affine=affine)
+    model = nn.ModuleList([nn.Conv2d(1, 2, 3), first, norm]).to(dtype)
+    x = torch.randn(4, 1, 8, 8, generator=generator).to(dtype)
+    seen = look(lambda probe: probe.relu(norm(first(probe.relu(model[0](x), "below"))), "own").sum(), model)
+    record = seen.record("own")
+    own = {name for name in seen.leaves.trainable() if name.startswith(("1.", "2."))}
+    plus = torch.tensor([5, 36 + 7, 72 + 1, -1])
+    minus = torch.tensor([9, 36 + 30, 108 * 2 + 72 + 3, 36 + 11])
+    d = Differences(plus, minus)
+    (full,) = backward.gradients(seen.graph, record.edge, d)
+    (local,) = backward.gradients(seen.graph, record.edge, d, local=True)
+    assert set(local.leaves) == own & set(full.leaves)
+    for name in local.leaves:
+        a, b = local.leaves[name], full.leaves[name]
+        slack = sum((0 if ball.radius is None else ball.radius for ball in (a, b)), torch.zeros(1))
+        assert bool(((a.value - b.value).abs() <= slack).all()), name
+        assert float(slack.max()) < 1e-8
+    assert any(bool(ball.nonzero().any(1).all()) for ball in local.leaves.values())

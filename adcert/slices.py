@@ -1,0 +1,155 @@
+"""Sparse stacks of gradients: what the partial backward engine carries from node to node."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import balls
+from .balls import Ball
+from .differences import Differences
+from .equality import cell_inputs
+from .records import OpRecord
+
+
+@dataclass(frozen=True, eq=False)
+class Slices:
+    """A sparse stack: entry m is the gradient of row ``row[m]`` restricted to index ``sample[m]`` of dimension 0.
+
+    ``data``: [M, *shape[1:]]; tensors without dimensions count as shape [1].
+    """
+
+    row: Tensor
+    sample: Tensor
+    data: Ball
+    shape: tuple[int, ...]
+
+    def merged(self) -> Slices:
+        """Add up slices of the same (row, sample)."""
+        keys = self.row * max(1, self.shape[0]) + self.sample
+        unique, inverse = torch.unique(keys, return_inverse=True)
+        if len(unique) == len(keys):
+            return self
+        order = torch.argsort(inverse, stable=True)
+        ranks = torch.arange(len(order)) - torch.searchsorted(inverse[order], inverse[order])
+        total: Ball | None = None
+        for rank in range(int(ranks.max()) + 1):
+            picked = order[ranks == rank]
+            value = torch.zeros(len(unique), *self.data.value.shape[1:], dtype=torch.float64)
+            radius = None if self.data.radius is None else torch.zeros_like(value)
+            value[inverse[picked]] = self.data.value[picked]
+            if radius is not None and self.data.radius is not None:
+                radius[inverse[picked]] = self.data.radius[picked]
+            term = Ball(value, radius)
+            total = term if total is None else total + term
+        assert total is not None
+        return Slices(unique // max(1, self.shape[0]), unique % max(1, self.shape[0]), total, self.shape)
+
+
+def concatenate(stacks: list[Slices]) -> Slices:
+    """One stack with the slices of all."""
+    if len(stacks) == 1:
+        return stacks[0]
+    value = torch.cat([stack.data.value for stack in stacks])
+    radius = None
+    if any(stack.data.radius is not None for stack in stacks):
+        radius = torch.cat([torch.zeros_like(s.data.value) if s.data.radius is None else s.data.radius for s in stacks])
+    rows, samples = torch.cat([s.row for s in stacks]), torch.cat([s.sample for s in stacks])
+    return Slices(rows, samples, Ball(value, radius), stacks[0].shape).merged()
+
+
+def padded(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return shape if shape else (1,)
+
+
+def seeds(differences: Differences, shape: tuple[int, ...]) -> Slices:
+    """+1 at the plus unit, -1 at the minus unit, as slices of a tensor of this shape."""
+    shape = padded(shape)
+    inner = math.prod(shape[1:])
+    rows, units, signs = [], [], []
+    for index, sign in ((differences.plus, 1.0), (differences.minus, -1.0)):
+        known = torch.nonzero(index >= 0).flatten()
+        rows.append(known)
+        units.append(index[known])
+        signs.append(torch.full((len(known),), sign, dtype=torch.float64))
+    row, unit, sign_ = torch.cat(rows), torch.cat(units), torch.cat(signs)
+    data = torch.zeros(len(row), inner, dtype=torch.float64)
+    data[torch.arange(len(row)), unit % inner] = sign_
+    return Slices(row, unit // inner, Ball(data.reshape(len(row), *shape[1:])), shape).merged()
+
+
+def _rows(t: Tensor, sample: Tensor) -> Tensor:
+    return (t if t.dim() else t.reshape(1))[sample]
+
+
+def through_record(record: OpRecord, g: Slices) -> Slices:
+    """AD's backward of a recorded operation: scatter to the selected member, times the proxy of rho."""
+    shape = padded(tuple(record.output.shape))
+    data = g.data
+    if record.relu:
+        slope = (_rows(record.output, g.sample) > 0).to(torch.float64)
+        data = data.map(lambda t: t * slope)  # times 0 or 1: exact
+    if record.ties is None:
+        return Slices(g.row, g.sample, data, shape)
+    inner = math.prod(shape[1:])
+    units = g.sample[:, None] * inner + torch.arange(inner)
+    cells = _rows(record.ties.offsets, g.sample).reshape(len(g.row), -1).to(torch.int64)
+    in_shape = padded(record.input_shape)
+    in_inner = math.prod(in_shape[1:])
+    target = cell_inputs(record, units, cells) - g.sample[:, None] * in_inner
+    flat = data.map(lambda t: t.reshape(len(g.row), -1))
+    # Overlapping windows may select one unit twice: add in the order of the cells, with bounds.
+    value = torch.zeros(len(g.row), in_inner, dtype=torch.float64).scatter_add_(1, target, flat.value)
+    total = torch.zeros_like(value).scatter_add_(1, target, flat.value.abs())
+    inherited = None if flat.radius is None else torch.zeros_like(value).scatter_add_(1, target, flat.radius)
+    exact = balls.exact_sum(flat.value, total)
+    kernel = record.ties.window.kernel[0] * record.ties.window.kernel[1]
+    radius = inherited if exact else total * balls.gamma(kernel) + (0.0 if inherited is None else inherited)
+    ball = Ball(value, radius if radius is None else radius * balls.SLACK)
+    return Slices(g.row, g.sample, ball.map(lambda t: t.reshape(len(g.row), *in_shape[1:])), in_shape)
+
+
+def rows_at(t: Tensor, sample: Tensor) -> Tensor:
+    return (t if t.dim() else t.reshape(1))[sample]
+
+
+def to_dense(count: int, g: Slices) -> Ball:
+    """[count, *shape]."""
+
+    def fill(t: Tensor) -> Tensor:
+        full = torch.zeros(count, *g.shape, dtype=torch.float64)
+        full[g.row, g.sample] = t
+        return full
+
+    return g.data.map(fill)
+
+
+def from_dense(ball: Ball, shape: tuple[int, ...]) -> Slices:
+    """Every slice that is not exactly zero."""
+    count, length = ball.value.shape[:2]
+    zero = ball.zero().reshape(count, length, -1).all(2)
+    row, sample = torch.nonzero(~zero, as_tuple=True)
+    return Slices(row, sample, ball.map(lambda t: t[row, sample]), shape)
+
+
+def reshaped(count: int, g: Slices, shape: tuple[int, ...]) -> Slices:
+    """The same units seen in another shape; a changed first dimension is cut anew."""
+    if shape[0] == g.shape[0]:
+        return Slices(g.row, g.sample, g.data.map(lambda t: t.reshape(len(t), *shape[1:])), shape)
+    return from_dense(to_dense(count, g).map(lambda t: t.reshape(count, *shape)), shape)
+
+
+def reduced(count: int, g: Slices, shape: tuple[int, ...]) -> Slices:
+    """Sum over the dimensions along which an operand of this shape was broadcast."""
+    if shape == g.shape:
+        return g
+    dense = to_dense(count, g)
+    extra = len(g.shape) - len(shape)
+    wide = (1,) * extra + shape
+    dims = tuple(1 + i for i, (a, b) in enumerate(zip(g.shape, wide, strict=True)) if a != b)
+    if dims:
+        dense = dense.sum(dims, keepdim=True)
+    return from_dense(dense.map(lambda t: t.reshape(count, *shape)), shape)
