@@ -35,6 +35,7 @@ class StepAnalysis:
         self.bias: dict[OpRecord, str] = {}
         self.ranks: dict[str, int] = {}
         self.prints: dict[str, str] = {}
+        self.pairs = 0
         self.seconds: dict[str, float] = defaultdict(float)
         self.roots: set[Node] = set()
         self.assumptions: dict[str, None] = {}
@@ -123,6 +124,8 @@ class StepAnalysis:
                 found.rowsets += earlier.rowsets
                 found.doubts += earlier.doubts
             self.findings[record] = found
+            self.seconds["partial"] += found.seconds
+            self.pairs += found.partial
 
     def certificate(self, extra: Sequence[str] = (), assumptions: Iterable[str] = ()) -> Certificate:
         """The step's certificate. ``extra``: reasons found elsewhere that leave nothing to conclude."""

@@ -8,6 +8,7 @@ bias settles touches) only where that bias is really there.
 
 from __future__ import annotations
 
+import time
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 
@@ -53,7 +54,8 @@ class Findings:
     exemptions: Counter[str] = field(default_factory=Counter)
     rowsets: list[RowSet] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
-    partial: int = 0
+    partial: int = 0  # differences that went through the partial backward engine, and the seconds they took
+    seconds: float = 0.0
 
 
 @dataclass(frozen=True, eq=False)
@@ -277,6 +279,7 @@ def _partial_rows(scope: Scope, record: OpRecord, d: Differences, rule: str, fou
         found.doubts.append(f"{record.name}: {len(d)} differences need a partial backward pass, limit {PARTIAL_LIMIT}")
         return proved
     found.partial += len(d)
+    start = time.perf_counter()
     try:
         # First the own layer alone: only rows that vanish there need the pass through the layers below.
         for batch in backward.gradients(scope.graph, record.edge, d, local=True):
@@ -288,6 +291,7 @@ def _partial_rows(scope: Scope, record: OpRecord, d: Differences, rule: str, fou
             proved[rows] = _place(scope, record, batch, rule, found, own=False)
     except backward.Unsupported as error:
         found.doubts.append(f"{record.name}: no error bound for {error} in a partial backward pass")
+    found.seconds += time.perf_counter() - start
     return proved
 
 

@@ -83,7 +83,7 @@ class Step:
         analysis.seconds["analysis"] += now - start
         certificate.seconds.update(analysis.seconds, step=now - self._began)
         self._certificate = certificate
-        self.summary = summarize(self.number, certificate)
+        self.summary = summarize(self.number, certificate) | {"partial": analysis.pairs}
         self._release()
         return certificate
 
@@ -102,7 +102,10 @@ def _gradient_problems(analysis: StepAnalysis) -> list[str]:
 
 
 def summarize(number: int, certificate: Certificate) -> dict[str, Any]:
-    """One line of the log: the verdict, totals, and the same per layer."""
+    """One line of the log: the verdict, totals, and the same per layer.
+
+    ``seconds``: analysis = audit + rows + solve; of rows, ``partial`` went into the partial backward engine.
+    """
     counts = ("windows", "ties", "touches", "differing", "rows", "blocks", "exemptions")
     layers = [{"name": layer.name, **{key: getattr(layer, key) for key in counts}} for layer in certificate.layers]
     exemptions: Counter[str] = Counter()

@@ -573,7 +573,7 @@ def test_a_row_that_vanishes_before_an_unknown_operation_needs_no_rule():
         list(backward.gradients(seen.graph, seen.record("last").edge, pairs((1, -1))))
 
 
-# ---- the own layer alone ----------------------------------------------------------------------------------------------
+# ---- the own layer alone -----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("affine", [True, False])

@@ -106,6 +106,15 @@ def test_no_grad_forward_inside_a_step_records_nothing() -> None:
     assert [layer.name for layer in certificate.layers] == ["2"]
 
 
+def test_an_input_without_grad_has_nothing_to_record() -> None:
+    """ReLU and pooling of constants are constants: no touch, no tie, whatever their values."""
+    linear = nn.Linear(9, 2)
+    pooling = adcert.convert(nn.Sequential(nn.ReLU(), nn.MaxPool2d(2)))
+    certificate = certify(lambda: linear(pooling(torch.zeros(1, 1, 6, 6)).flatten(1)).sum(), linear)
+    assert certificate.verdict is Verdict.CERTIFIED
+    assert certificate.layers == ()
+
+
 def test_eval_mode() -> None:
     model = nn.Sequential(
         nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 2)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 import oracle
+from hypothesis import given
+from hypothesis import strategies as st
 from networks import Network, random_network
 
 import adcert
@@ -22,6 +24,17 @@ def certificates(network: Network) -> dict[str, adcert.Certificate]:
     for certificate in found.values():
         certificate.verify()
     return found
+
+
+@given(st.integers(SEEDS, 2**31))
+def test_property_certificates_are_true(seed: int) -> None:
+    """Beyond the pinned thousand: a certified gradient is the limit of true gradients along the witness."""
+    network = random_network(seed)
+    for certificate in certificates(network).values():
+        if certificate.verdict is adcert.Verdict.CERTIFIED:
+            witness = oracle.replays(network, certificate.directions, certificate.scales)
+            assert witness.reproduces
+        assert certificate.verdict is not adcert.Verdict.UNDECIDED
 
 
 def test_thousand_networks() -> None:
