@@ -161,9 +161,16 @@ def exact_sum(x: Tensor, total: Tensor) -> bool:
     return q is None or total.numel() == 0 or _below(float(total.max()), q)
 
 
-def linear(apply: Callable[[Tensor, Tensor], Tensor], x: Ball, weight: Tensor, terms: int) -> Ball:
-    """``apply(x, weight)`` for a map that sums at most ``terms`` products of entries of x and of an exact weight."""
+def linear(
+    apply: Callable[[Tensor, Tensor], Tensor], x: Ball, weight: Tensor, terms: int, source: Tensor | None = None
+) -> Ball:
+    """``apply(x, weight)`` for a map that sums at most ``terms`` products of entries of x and of an exact weight.
+
+    ``source``: a smaller tensor with the nonzero entries of ``weight`` (before unfolding, say), to read bounds from.
+    """
     value = apply(x.value, weight)
+    if max(x.value.numel(), weight.numel()) > _LARGE:
+        return _large_linear(apply, x, weight, terms, value, weight if source is None else source)
     bound = apply(x.value.abs(), weight.abs())
     inherited = None if x.radius is None else apply(x.radius, weight.abs())
     if exact_linear(x.value, weight, bound):
@@ -175,6 +182,20 @@ def linear(apply: Callable[[Tensor, Tensor], Tensor], x: Ball, weight: Tensor, t
         rounding = rounding + TINY
     radius = rounding if inherited is None else rounding + inherited * (1 + gamma(terms))
     return Ball(value, radius * SLACK)
+
+
+def _large_linear(
+    apply: Callable[[Tensor, Tensor], Tensor], x: Ball, weight: Tensor, terms: int, value: Tensor, source: Tensor
+) -> Ball:
+    """The radius of :func:`linear` in one more application, without the question whether anything rounded."""
+    size = weight if bool((source >= 0).all()) else weight.abs()
+    spread = x.value.abs() * gamma(terms)
+    if x.radius is not None:
+        spread = spread + x.radius * (1 + gamma(terms))
+    radius = apply(spread, size) * SLACK
+    if not (_safe_from_underflow(x.value, source) and _safe_from_underflow(x.radius, source)):
+        radius = radius + TINY
+    return Ball(value, radius)
 
 
 def _safe_from_underflow(x: Tensor | None, y: Tensor) -> bool:

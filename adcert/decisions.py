@@ -65,6 +65,7 @@ class Ranks:
     order: Order
     of: dict[str, int]
     bias: dict[OpRecord, Bias]
+    pairs: dict[OpRecord, tuple[Tensor, Differences]]  # of every record with ties: window, selected minus other
 
 
 def rank_leaves(graph: Graph, order: Order, strict: bool) -> Ranks:
@@ -76,11 +77,11 @@ def rank_leaves(graph: Graph, order: Order, strict: bool) -> Ranks:
     of: dict[str, int] = {}
     chosen: dict[OpRecord, Bias] = {}
     present = set(graph.record_of.values())
+    tied = {record: _tied_pairs(record) for record in present if record.ties is not None}
     pairs = defaultdict(list)
-    for record in present:
-        if record.ties is not None and len(record.ties.windows):
-            base, followed = _follow(graph, record, _tied_pairs(record)[1], strict)
-            pairs[base].append(followed)
+    for record, (_, differences) in tied.items():
+        base, followed = _follow(graph, record, differences, strict)
+        pairs[base].append(followed)
     for index, layer in enumerate(order.layers):
         for leaf in layer.leaves:
             of[leaf] = 2 * index
@@ -90,7 +91,7 @@ def rank_leaves(graph: Graph, order: Order, strict: bool) -> Ranks:
                 if bias is not None:
                     chosen[record] = bias
                     of[bias.leaf] = 2 * index + 1
-    return Ranks(order, of, chosen)
+    return Ranks(order, of, chosen, tied)
 
 
 def _splits(order: Order, biases: dict[OpRecord, Bias | None], pairs: dict[OpRecord, list[Differences]]) -> bool:
@@ -150,7 +151,7 @@ def _tied_pairs(record: OpRecord) -> tuple[Tensor, Differences]:
 
 
 def _ties(scope: Scope, record: OpRecord, found: Findings) -> None:
-    owner, d = _tied_pairs(record)
+    owner, d = scope.ranks.pairs[record]
     chosen, members = d.plus, d.minus
     if len(owner) and rectified(scope.graph, record):
         keep = take(record.output, owner) > 0

@@ -32,10 +32,13 @@ def cell_inputs(record: OpRecord, windows: Tensor, cells: Tensor) -> Tensor:
     window = record.ties.window
     *_, height, width = record.input_shape
     out_h, out_w = record.output.shape[-2:]
-    plane, rest = windows // (out_h * out_w), windows % (out_h * out_w)
-    row = (rest // out_w) * window.stride[0] - window.padding[0] + (cells // window.kernel[1]) * window.dilation[0]
-    column = (rest % out_w) * window.stride[1] - window.padding[1] + (cells % window.kernel[1]) * window.dilation[1]
-    return (plane * height + row) * width + column
+    line = windows // out_w  # divisions of int64 are what this function costs
+    plane = line // out_h
+    row = (line - plane * out_h) * window.stride[0] - window.padding[0]
+    column = (windows - line * out_w) * window.stride[1] - window.padding[1]
+    cell = torch.arange(window.kernel[0] * window.kernel[1])
+    inside = cell // window.kernel[1] * (window.dilation[0] * width) + cell % window.kernel[1] * window.dilation[1]
+    return (plane * height + row) * width + column + inside[cells]
 
 
 def follow(record: OpRecord, differences: Differences) -> Differences:
@@ -94,7 +97,7 @@ def tied_members(record: OpRecord) -> tuple[Tensor, Tensor]:
     assert record.ties is not None
     ties = record.ties
     kernel = ties.window.kernel[0] * ties.window.kernel[1]
-    bits = torch.arange(64)
+    bits = torch.arange(min(kernel, 64))
     held = ((ties.members[:, :, None] >> bits) & 1).flatten(1)[:, :kernel]
     which, cells = torch.nonzero(held, as_tuple=True)
     return ties.windows[which], cells

@@ -297,10 +297,14 @@ def _one_channel(walk: Pass, node: Node, g: Slices) -> bool:
     bias = walk.weight(conv.next_functions[2], conv)
     if bias is not None:
         spread(result.sum((1, 2, 3, 4)).map(lambda t: t[:, None]), bias)
-    columns = unfolded(conv, conv._saved_input.detach(), tuple(walk.graph.leaves.tensor(weight).shape))
-    columns = columns.transpose(1, 2).flatten(0, 1)  # [N * L, C * k * k]
-    flat = result.map(lambda t: t.reshape(walk.count, -1))
-    spread(balls.linear(lambda t, w: t @ w, flat, columns, len(columns)), weight)
+    z = conv._saved_input.detach()
+    columns = unfolded(conv, z, tuple(walk.graph.leaves.tensor(weight).shape))  # [N, C * k * k, L]
+    flat = result.map(lambda t: t.reshape(walk.count, len(z), -1).movedim(0, 2))  # [N, L, count]
+
+    def apply(t: Tensor, w: Tensor) -> Tensor:
+        return torch.bmm(w, t).sum(0).T
+
+    spread(balls.linear(apply, flat, columns, len(z) * columns.shape[2], z), weight)
     return True
 
 
