@@ -22,6 +22,10 @@ from .differences import Boundary, Differences, Expansion, Part, broadcast_index
 from .layers import Graph, kind_of, shape_of
 from .records import Node, take
 
+# Data movement: every output is at most one input.
+MOVES = frozenset(
+    f"{name}Backward" for name in "Permute Transpose T Slice Select Cat Stack ConstantPadNd Flip Roll".split()
+)
 # Views, copies and casts: the logical order of the units stays.
 SAME_UNITS = frozenset(
     [
@@ -184,21 +188,7 @@ _Rule = Callable[[Walk, Node, int, Differences, Tensor, bool], bool]
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(SAME_UNITS, _same),
     **dict.fromkeys(["AddBackward", "SubBackward", "RsubBackward"], _add),
-    **dict.fromkeys(
-        [
-            "PermuteBackward",
-            "TransposeBackward",
-            "TBackward",
-            "SliceBackward",
-            "SelectBackward",
-            "CatBackward",
-            "StackBackward",
-            "ConstantPadNdBackward",
-            "FlipBackward",
-            "RollBackward",
-        ],
-        _move,
-    ),
+    **dict.fromkeys(MOVES, _move),
     "NegBackward": _neg,
     "ExpandBackward": _expand_view,
     "NativeBatchNormBackward": _batch_norm,

@@ -14,6 +14,7 @@ from . import balls, normalization
 from .balls import Ball
 from .layers import kind_of, shape_of
 from .records import Node
+from .rows import MOVES
 from .slices import Slices, from_dense, padded, reduced, reshaped, to_dense
 
 if TYPE_CHECKING:
@@ -314,21 +315,7 @@ RULES: dict[str, _Rule] = {
         ["ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward"], _reshape
     ),
     **dict.fromkeys(["CloneBackward", "AliasBackward", "ToCopyBackward"], _cast),
-    **dict.fromkeys(
-        [
-            "PermuteBackward",
-            "TransposeBackward",
-            "TBackward",
-            "SliceBackward",
-            "SelectBackward",
-            "CatBackward",
-            "StackBackward",
-            "ConstantPadNdBackward",
-            "FlipBackward",
-            "RollBackward",
-        ],
-        _moved,
-    ),
+    **dict.fromkeys(MOVES, _moved),
     **dict.fromkeys(
         ["ExpandBackward", "MeanBackward", "SumBackward", "AvgPool2DBackward", "AdaptiveAvgPool2DBackward"], _positive
     ),
