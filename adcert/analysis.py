@@ -12,7 +12,8 @@ from torch import Tensor
 
 from .audit import audit_graph
 from .certificate import Block, Certificate, LayerReport, Verdict
-from .decisions import Findings, RowSet, Scope, decide_record, rank_leaves
+from .decisions import Findings, Scope, decide_record, rank_leaves
+from .differences import RowSet
 from .errors import AdcertError
 from .layers import Graph, Layer, Leaves, Order, Tau, order_layers
 from .records import Node, OpRecord

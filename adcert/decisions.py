@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -18,29 +19,17 @@ from torch import Tensor
 from . import backward
 from .balls import Ball
 from .bias import Bias, bias_of
-from .differences import Differences, Expansion, Part, groups_of, unit_parts
+from .differences import Differences, Expansion, Part, RowSet, groups_of, unit_parts
 from .equality import cell_inputs, follow, maximisers, prove_expansion_zero, selected_inputs, tied_members
 from .layers import Graph, Order
 from .records import OpRecord, take
 from .relevance import rectified, relevant_inputs, relevant_outputs
 from .rows import expand
+from .systems import System, solve
 
+CHEAP = 8  # differences worth a partial backward pass without asking whether it can matter
+SECONDS = 2.0  # for one record's partial backward passes
 PARTIAL_LIMIT = 4096  # differences one record may send through the partial backward engine in a step
-
-
-@dataclass(frozen=True, eq=False)
-class RowSet:
-    """``count`` rows of one rule whose entries, in leaves of one rank, are spread over ``parts``.
-
-    ``below``: leaves in which these rows may be nonzero too; they must rank lower, which is checked again at the
-    end of the step. A row without any part is a zero row.
-    """
-
-    record: OpRecord
-    rule: str
-    count: int
-    parts: tuple[Part, ...]
-    below: frozenset[str] = frozenset()
 
 
 @dataclass(eq=False)
@@ -114,6 +103,7 @@ class Scope:
     graph: Graph
     ranks: Ranks
     strict: bool
+    contradictions: list[str] = field(default_factory=list)  # layers whose exact rows are proved empty already
 
 
 def decide_record(scope: Scope, record: OpRecord) -> Findings:
@@ -239,9 +229,27 @@ def _own_rows(scope: Scope, record: OpRecord, d: Differences, rule: str, found: 
         found.rowsets.append(RowSet(record, rule, int((left & ~hard).sum()), ()))
         left &= hard
     rest = torch.nonzero(left).flatten()
-    if len(rest):
+    if len(rest) > CHEAP and _contradicts(scope, record, found):
+        found.doubts.append(
+            f"{record.name}: {len(rest)} differences left, the exact rows contradict each other already"
+        )
+    elif len(rest):
         zero[rest] = _partial_rows(scope, record, d.select(rest), rule, found)
     return zero
+
+
+def _contradicts(scope: Scope, record: OpRecord, found: Findings) -> bool:
+    """Do exact rows known so far prove a system empty? Then the step's verdict needs no partial backward pass."""
+    if not scope.contradictions and found.rowsets:
+        shapes = {leaf: tuple(scope.graph.leaves.tensor(leaf).shape) for leaf in scope.ranks.of}
+        own = [rowset for rowset in found.rowsets if rowset.record is record and rowset.parts]
+        by_rank: dict[int, list[RowSet]] = {}
+        for rowset in own:
+            by_rank.setdefault(scope.ranks.of[rowset.parts[0].leaf], []).append(rowset)
+        for rank, rowsets in by_rank.items():
+            if any(block.proof is not None for block in solve(System(record.name, rank, rowsets, shapes))):
+                scope.contradictions.append(record.name)
+    return bool(scope.contradictions)
 
 
 def _entangled(graph: Graph, expansion: Expansion) -> Tensor:
@@ -283,17 +291,31 @@ def _partial_rows(scope: Scope, record: OpRecord, d: Differences, rule: str, fou
     start = time.perf_counter()
     try:
         # First the own layer alone: only rows that vanish there need the pass through the layers below.
-        for batch in backward.gradients(scope.graph, record.edge, d, local=True):
+        for batch in _timed(backward.gradients(scope.graph, record.edge, d, local=True)):
             stop = batch.start + batch.count
             proved[batch.start : stop] = _place(scope, record, batch, rule, found, own=True)
         left = torch.nonzero(proved).flatten()
-        for batch in backward.gradients(scope.graph, record.edge, d.select(left)):
+        for batch in _timed(backward.gradients(scope.graph, record.edge, d.select(left))):
             rows = left[batch.start : batch.start + batch.count]
             proved[rows] = _place(scope, record, batch, rule, found, own=False)
+    except TimeoutError:
+        found.doubts.append(
+            f"{record.name}: {len(d)} differences take more than {SECONDS:g} s of partial backward passes"
+        )
+        proved[:] = False
     except backward.Unsupported as error:
         found.doubts.append(f"{record.name}: no error bound for {error} in a partial backward pass")
     found.seconds += time.perf_counter() - start
     return proved
+
+
+def _timed(batches: Iterator[backward.Gradients]) -> Iterator[backward.Gradients]:
+    """Batches until the time is up; raises TimeoutError then."""
+    start = time.perf_counter()
+    for batch in batches:
+        yield batch
+        if time.perf_counter() - start > SECONDS:
+            raise TimeoutError
 
 
 def _place(scope: Scope, record: OpRecord, batch: backward.Gradients, rule: str, found: Findings, own: bool) -> Tensor:

@@ -47,6 +47,21 @@ class Part:
 
 
 @dataclass(frozen=True, eq=False)
+class RowSet:
+    """``count`` rows of one rule whose entries, in leaves of one rank, are spread over ``parts``.
+
+    ``below``: leaves in which these rows may be nonzero too; they must rank lower, which is checked again at the
+    end of the step. A row without any part is a zero row.
+    """
+
+    record: OpRecord
+    rule: str
+    count: int
+    parts: tuple[Part, ...]
+    below: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, eq=False)
 class Boundary:
     """Differences of outputs of ``record``; difference k of the expansion needs those with ``owner == inverse[k]``."""
 

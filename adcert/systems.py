@@ -12,8 +12,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from .certificate import Block, Column
-from .decisions import RowSet
-from .differences import Part, groups_of
+from .differences import Part, RowSet, groups_of
 from .feasibility import Decision, Proof, decide
 
 
