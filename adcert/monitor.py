@@ -293,7 +293,7 @@ def certify(closure: Callable[[], Tensor], model: torch.nn.Module, strict: bool 
 
     Returns:
         A :class:`Certificate`: CERTIFIED means the gradient, up to rounding, is an element of the Bouligand
-        subdifferential of the loss around the recorded values (THEORY.md section 7).
+        subdifferential of the loss around the recorded values (README, "Floating point").
 
     Raises:
         AdcertError: if the closure does not return a scalar tensor that requires grad, or a step is running already.

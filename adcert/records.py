@@ -57,7 +57,7 @@ class Ties:
 
 @dataclass(eq=False)
 class OpRecord:
-    """One nonsmooth operation of the step: ``z = phi(rho(y))`` in the notation of THEORY.md section 1.
+    """One nonsmooth operation of the step: ``z = phi(rho(y))`` in the notation of Park, Chun, Lee (2024).
 
     ``relu``: rho is the ReLU (proxy 0 at its kink), else the identity. ``ties`` is None when phi is the identity.
     ``node`` is the autograd node of the output; its first input edge leads to y. ``touches``: int64 [M], flat

@@ -1,7 +1,7 @@
 """The witness, replayed: gradients of the float64 network along a certificate's direction tend to AD's gradient.
 
 Evidence, not proof: it needs a float64 evaluation that reproduces every recorded touch and tie. Where rounding made the
-ties (THEORY.md section 7), it does not, and the answer is "not replayable".
+ties (README, "Floating point"), it does not, and the answer is "not replayable".
 """
 
 from __future__ import annotations

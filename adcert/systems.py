@@ -29,7 +29,7 @@ class System:
 def solve(system: System) -> list[Block]:
     """Cut a system into its blocks and decide each of them.
 
-    Two (leaf, group) column sets belong to one block iff some row has entries in both (THEORY.md section 4:
+    Two (leaf, group) column sets belong to one block iff some row has entries in both (
     the system splits exactly along these blocks).
     """
     rows = sum(rowset.count for rowset in system.rowsets)

@@ -11,7 +11,7 @@ from adcert import certify, convert
 from adcert.gallery import OUTSIDE, ROWS, Case, Measurement, Row, autodiff, contains, measure, same
 
 BY_NUMBER = {row.number: row for row in ROWS}
-# THEORY: which of the table's gradients are in dC; the values are the table's last column.
+# Which of the table's gradients are in dC; the values are the table's last column.
 RIGHT = {"3b", "6b", "7", "8", "10b", "17", "18", "19.1", "19.2"}
 
 rows = pytest.mark.parametrize("row", ROWS, ids=lambda row: row.number)

@@ -67,7 +67,7 @@ def branches(*body: nn.Module) -> nn.Sequential:
 PLUS_MINUS = [[1.0], [-1.0]]
 SKIP = Residual(branches(linear([[-1], [1]]), nn.ReLU(), linear([[1, -1]])))  # t + relu(-t) - relu(t)
 
-# row of GALLERY.md -> network, AD's gradient, the Bouligand elements, AD in dC?, AD in dB?
+# row of the gallery -> network, AD's gradient, the Bouligand elements, AD in dC?, AD in dB?
 GALLERY = {
     "1": (
         network(nn.Sequential(parameters(0), nn.ReLU()), PLUS_MINUS, [[1.0], [-1.0]]),
