@@ -29,8 +29,8 @@ class System:
 def solve(system: System) -> list[Block]:
     """Cut a system into its blocks and decide each of them.
 
-    Two (leaf, group) column sets belong to one block iff some row has entries in both (
-    the system splits exactly along these blocks).
+    Two (leaf, group) column sets belong to one block iff some row has entries in both: the system
+    splits exactly along these blocks.
     """
     rows = sum(rowset.count for rowset in system.rowsets)
     if rows == 0:
