@@ -14,7 +14,6 @@ from .audit import audit_graph
 from .certificate import Block, Certificate, LayerReport, Verdict
 from .decisions import Findings, Scope, decide_record, rank_leaves
 from .differences import RowSet
-from .errors import AdcertError
 from .layers import Graph, Layer, Leaves, Order, Tau, order_layers
 from .records import Node, OpRecord
 from .systems import System, solve
@@ -148,8 +147,8 @@ class StepAnalysis:
         if not failures:
             try:
                 blocks = self._blocks(order, rowsets, ranks)
-            except AdcertError as error:
-                failures.append(f"the systems could not be decided: {error}")
+            except Exception as error:
+                failures.append(f"the systems could not be decided: {type(error).__name__}: {error}")
         verdict, reasons = _verdict(failures, doubts, blocks)
         self.seconds["solve"] += time.perf_counter() - start
         return self._assemble(verdict, reasons, order, ranks, blocks, tuple(assumptions))

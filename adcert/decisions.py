@@ -305,6 +305,7 @@ def _partial_rows(scope: Scope, record: OpRecord, d: Differences, rule: str, fou
         proved[:] = False
     except backward.Unsupported as error:
         found.doubts.append(f"{record.name}: no error bound for {error} in a partial backward pass")
+        proved[:] = False
     found.seconds += time.perf_counter() - start
     return proved
 

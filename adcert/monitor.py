@@ -62,7 +62,11 @@ class Step:
             return
         start = time.perf_counter()
         with torch.no_grad(), torch._C.DisableTorchFunction():
-            seen = analysis.root(roots, inputs, watch)
+            try:
+                seen = analysis.root(roots, inputs, watch)
+            except Exception as error:  # the user's training goes on; the step is undecided, loudly
+                analysis.failures[f"the analysis failed with {type(error).__name__}: {error}"] = None
+                seen = list(self._recorder.records)
         if not keep:
             for record in seen:
                 record.release()

@@ -202,7 +202,8 @@ class _Call:
         read = [tensor for tensor in self.tensors if not any(tensor is other for other in unread)]
         source = next((found for found in map(self.watch.source_of, read) if found), None)
         live = any(tensor.requires_grad for tensor in self.tensors)
-        if source is None and not live:
+        alias = any(self.watch._aliases.get(tensor) is not None for tensor in self.tensors)  # type: ignore[no-untyped-call]
+        if source is None and not live and not alias:
             return
         if self.name in _HOOKS:
             if self.target is not None and self.target.grad_fn is not None:
@@ -215,7 +216,10 @@ class _Call:
         for tensor in unread:  # written without a new version
             self.watch._hidden[tensor] = f"{self.name}{caller()}"
         for tensor in outputs:
-            self._result(tensor, source)
+            if not tensor.requires_grad:
+                self._note_alias(tensor)
+            if source is not None or live:
+                self._result(tensor, source)
         if any(tensor.requires_grad and not tensor.is_leaf for tensor in outputs):
             for tensor in self.tensors:
                 if tensor.requires_grad and tensor.is_leaf:
@@ -265,12 +269,15 @@ class _Call:
             watch._hidden[tensor] = origin
             if self.in_place() or self.out:
                 watch._written[tensor.untyped_storage()._cdata] = (tensor, origin)
-            memory = tensor.untyped_storage()._cdata
-            for given in self.tensors:
-                if given is not tensor and given.untyped_storage()._cdata == memory:
-                    known = watch._aliases.get(given)  # type: ignore[no-untyped-call]
-                    if given.requires_grad or known is not None:
-                        watch._aliases[tensor] = given if known is None else known
+
+    def _note_alias(self, tensor: Tensor) -> None:
+        """A result outside the graph that shares memory with a tensor of it: a write to it would be unseen."""
+        aliases, memory = self.watch._aliases, tensor.untyped_storage()._cdata
+        for given in self.tensors:
+            if given is not tensor and given.untyped_storage()._cdata == memory:
+                known = aliases.get(given)  # type: ignore[no-untyped-call]
+                if given.requires_grad or known is not None:
+                    aliases[tensor] = given if known is None else known
 
     def _opaque(self) -> bool:
         if isinstance(self.func, (OpOverload, OpOverloadPacket)):

@@ -161,6 +161,22 @@ def changed_between_uses(w: Tensor) -> Tensor:
     return first - torch.relu(w)
 
 
+def data_under_no_grad(w: Tensor) -> Tensor:
+    h = w * 1.0
+    with torch.no_grad():
+        view = h.data.view(-1)
+        view.clamp_(min=0)
+    return h + 1
+
+
+def data_under_no_grad_written_later(w: Tensor) -> Tensor:
+    h = w * 1.0
+    with torch.no_grad():
+        held = h.data
+    held.clamp_(min=0)
+    return h + 1
+
+
 UNSEEN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "TorchScript": (scripted, "out of adcert's sight"),
     "thread": (in_thread, "out of adcert's sight"),
@@ -172,6 +188,8 @@ UNSEEN: dict[str, tuple[Callable[[Tensor], Tensor], str]] = {
     "in-place module function": (relu_inplace_under_no_grad, "without autograd"),
     "scripted write": (scripted_write, "written to out of sight"),
     "parameter": (changed_between_uses, "after its first use"),
+    "data under no_grad": (data_under_no_grad, "detached alias"),
+    "data held from no_grad": (data_under_no_grad_written_later, "detached alias"),
     "hook": (gradient_hook, "hook"),
 }
 

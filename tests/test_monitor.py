@@ -398,3 +398,17 @@ def test_partial_backward_passes_are_bounded_in_time(monkeypatch: pytest.MonkeyP
     certificate = certify(lambda: model(x).sum(), model)
     assert certificate.verdict is Verdict.UNDECIDED
     assert any("partial backward passes" in reason for reason in certificate.reasons)
+
+
+def test_a_failing_analysis_leaves_the_training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    from adcert.analysis import StepAnalysis
+
+    def fail(*args: object) -> None:
+        raise KeyError("a defect")
+
+    monkeypatch.setattr(StepAnalysis, "_audit", fail)
+    model = network()
+    certificate = run(model)
+    assert certificate.verdict is Verdict.UNDECIDED
+    assert any("KeyError" in reason for reason in certificate.reasons)
+    assert all(p.grad is not None for p in model.parameters())
