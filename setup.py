@@ -21,7 +21,8 @@ except ImportError as error:
         "Install torch >= 2.10 first, then: pip install --no-build-isolation -e ."
     )
 
-SOURCES = ["csrc/library.cpp", "csrc/relu_cpu.cpp", "csrc/pool_cpu.cpp", "csrc/route_cpu.cpp"]
+FAMILIES = ("relu", "pool", "route", "resolve", "rows")
+SOURCES = ["csrc/library.cpp", *(f"csrc/{family}_cpu.cpp" for family in FAMILIES)]
 COMPILE = [
     "-O3",
     "-g0",

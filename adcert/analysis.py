@@ -1,27 +1,37 @@
-"""One step: from the graphs of its losses to a certificate. Plain functions over the records; no user code runs."""
+"""One step on the training thread: from the graphs of its losses to compact rows. No user code runs.
+
+What needs activations happens here, right before a backward pass frees them; :mod:`adcert.conclusion` makes the
+certificate of it, on whatever thread.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import time
-from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 
 from .audit import audit_graph
-from .certificate import Block, Certificate, LayerReport, Verdict
-from .decisions import Findings, Scope, decide_record, rank_leaves
+from .certificate import Block
+from .conclusion import LARGE, LayerFindings, Observed, Prints, join
+from .decisions import decide_record
 from .differences import RowSet
-from .layers import Graph, Layer, Leaves, Order, Tau, order_layers
+from .findings import Findings, Scope
+from .layers import Graph, Leaves, Order, Tau, order_layers
+from .partial import finish, give_up
+from .ranks import rank_leaves
 from .records import Node, OpRecord
-from .systems import System, solve
+from .systems import System, contradiction, solve
 from .watch import Watch
+
+CHEAP = 8  # differences worth a partial backward pass without asking whether it can matter
 
 
 class StepAnalysis:
-    """Collects what each backward pass of a step shows; :meth:`certificate` joins it.
+    """Collects what each backward pass of a step shows; :meth:`observed` hands it over.
 
     Call :meth:`root` right before a backward pass runs, while the graph still holds its saved tensors.
     """
@@ -34,11 +44,21 @@ class StepAnalysis:
         self.taus: dict[OpRecord, Tau] = {}
         self.bias: dict[OpRecord, str] = {}
         self.ranks: dict[str, int] = {}
-        self.prints: dict[str, str] = {}
+        self.prints: dict[str, Prints] = {}
+        self.empty: list[tuple[str, Block]] = []  # the leaf of a block that is proved empty already
+        self.order: Order | None = None  # of the only graph so far
         self.pairs = 0
         self.seconds: dict[str, float] = defaultdict(float)
         self.roots: set[Node] = set()
         self.assumptions: dict[str, None] = {}
+
+    @contextmanager
+    def _guarded(self, record: OpRecord) -> Iterator[None]:
+        """The user's training goes on whatever happens here; the step is undecided then, loudly."""
+        try:
+            yield
+        except Exception as error:
+            self.failures[f"{record.name}: the analysis failed with {type(error).__name__}: {error}"] = None
 
     def root(self, roots: Sequence[Tensor], inputs: Iterable[Tensor] | Tensor | None, watch: Watch) -> list[OpRecord]:
         """Analyse the graph below ``roots``; ``inputs`` are those of autograd.grad or backward(inputs=...).
@@ -62,7 +82,7 @@ class StepAnalysis:
         if not self.failures:
             self._decide(graph, records)
         if not any(record.released for record in records):
-            self.prints.update({record.name: fingerprint(record) for record in records})
+            self.prints.update({record.name: Prints.of(record) for record in records})
         self.seconds["audit"] += middle - start
         self.seconds["rows"] += time.perf_counter() - middle
         return records
@@ -107,18 +127,21 @@ class StepAnalysis:
             self.failures[f"{record.name}: its output was modified in place after it was recorded"] = None
 
     def _decide(self, graph: Graph, records: list[OpRecord]) -> None:
+        first = not self.taus
         for record in records:
             self.taus[record] = graph.tau(record)
-        ranks = rank_leaves(graph, order_layers(self.taus), self.strict)
+        order = order_layers(self.taus)
+        self.order = order if first else None
+        ranks = rank_leaves(graph, order, self.strict)
         self.ranks.update(ranks.of)
         scope = Scope(graph, ranks, self.strict)
+        fresh: dict[OpRecord, Findings] = {}
         for record in records:
             self.bias[record] = ranks.bias[record].kind if record in ranks.bias else "none"
-            try:
-                found = decide_record(scope, record)
-            except Exception as error:  # the user's training goes on; the step is undecided, loudly
-                self.failures[f"{record.name}: the analysis failed with {type(error).__name__}: {error}"] = None
-                continue
+            with self._guarded(record):
+                fresh[record] = decide_record(scope, record)
+        self._settle_pending(scope, fresh)
+        for record, found in fresh.items():
             earlier = self.findings.get(record)
             if earlier is not None:  # a second backward through the same graph: both losses' rows count
                 found.rowsets += earlier.rowsets
@@ -127,31 +150,68 @@ class StepAnalysis:
             self.seconds["partial"] += found.seconds
             self.pairs += found.partial
 
-    def certificate(self, extra: Sequence[str] = (), assumptions: Iterable[str] = ()) -> Certificate:
-        """The step's certificate. ``extra``: reasons found elsewhere that leave nothing to conclude."""
-        start = time.perf_counter()
+    def _settle_pending(self, scope: Scope, fresh: dict[OpRecord, Findings]) -> None:
+        """Partial backward passes, unless exact rows contradict each other: then they cannot change the verdict."""
+        many = sum(len(pending.differences) for found in fresh.values() for pending in found.pending) > CHEAP
+        rows = sum(rowset.count for found in fresh.values() for rowset in found.rowsets)
+        if many or rows > LARGE:
+            self._find_contradiction(scope, [rowset for found in fresh.values() for rowset in found.rowsets], many)
+        for record, found in fresh.items():
+            with self._guarded(record):
+                if self.empty and many:
+                    give_up(found, "the exact rows contradict each other already")
+                else:
+                    finish(scope, found)
+
+    def _find_contradiction(self, scope: Scope, rowsets: list[RowSet], thorough: bool) -> None:
+        """Look for a block of exact rows that is empty; ``thorough``: by deciding the systems if need be."""
+        if self.empty:
+            return
+        shapes = {leaf: tuple(scope.graph.leaves.tensor(leaf).shape) for leaf in scope.ranks.of}
+        systems: dict[int, list[RowSet]] = defaultdict(list)
+        for rowset in rowsets:
+            if rowset.parts:
+                systems[scope.ranks.of[rowset.parts[0].leaf]].append(rowset)
+        for thoroughly in (False, True) if thorough else (False,):
+            for rank, members in systems.items():
+                system = System(members[0].op, rank, members, shapes)
+                found = solve(system).blocks if thoroughly else [contradiction(system)]
+                block = next((block for block in found if block is not None and block.proof is not None), None)
+                if block is not None:
+                    self.empty.append((block.columns[0].parameter, block))
+                    return
+
+    def observed(self, extra: Sequence[str] = (), assumptions: Iterable[str] = ()) -> Observed:
+        """All of the step that a certificate needs, without anything of its graph.
+
+        ``extra``: reasons found elsewhere that leave nothing to conclude.
+        """
         failures = [*self.failures, *extra]
         if not self.roots and not failures:
             failures.append(
                 "no backward pass was seen in this step: call loss.backward() inside it, or step.loss(loss)"
             )
-        order = order_layers(self.taus)
-        doubts = [doubt for found in self.findings.values() for doubt in found.doubts]
+        order = self.order if self.order is not None else order_layers(self.taus)
         rowsets = [rowset for found in self.findings.values() for rowset in found.rowsets]
         if rowsets and order.problem:
             failures.append(order.problem)
         ranks = self._final_ranks(order)
-        blocks: list[Block] = []
         if not failures:
             failures += self._misplaced(rowsets, ranks)
-        if not failures:
-            try:
-                blocks = self._blocks(order, rowsets, ranks)
-            except Exception as error:
-                failures.append(f"the systems could not be decided: {type(error).__name__}: {error}")
-        verdict, reasons = _verdict(failures, doubts, blocks)
-        self.seconds["solve"] += time.perf_counter() - start
-        return self._assemble(verdict, reasons, order, ranks, blocks, tuple(assumptions))
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.leaves.trainable().items()}
+        return Observed(
+            failures=failures,
+            doubts=[doubt for found in self.findings.values() for doubt in found.doubts],
+            layers=tuple(self._layer(layer.name, layer.leaves, layer.records, ranks) for layer in order.layers),
+            rowsets=rowsets,
+            ranks=ranks,
+            empty=self.empty,
+            shapes=shapes,
+            strict=self.strict,
+            assumptions=(*self.assumptions, *assumptions),
+            prints=dict(self.prints),
+            seconds=dict(self.seconds),
+        )
 
     def _final_ranks(self, order: Order) -> dict[str, int]:
         """Ranks 1, 2, ... in the final order of all graphs; leaves without a layer rank with the first."""
@@ -167,92 +227,20 @@ class StepAnalysis:
         for rowset in rowsets:
             own = {ranks[part.leaf] for part in rowset.parts}  # one rank
             if len(own) > 1 or any(ranks[leaf] >= rank for leaf in rowset.below for rank in own):
-                return [f"{rowset.record.name}: the layers of several backward passes do not fit into one order"]
+                return [f"{rowset.op}: the layers of several backward passes do not fit into one order"]
         return []
 
-    def _blocks(self, order: Order, rowsets: list[RowSet], ranks: dict[str, int]) -> list[Block]:
-        names = {leaf: layer.name for layer in order.layers for leaf in layer.leaves}
-        home = {record: layer.name for layer in order.layers for record in layer.records}
-        shapes = {leaf: tuple(self.leaves.tensor(leaf).shape) for leaf in names}
-        systems: dict[tuple[str, int], list[RowSet]] = defaultdict(list)
-        for rowset in rowsets:
-            if rowset.parts:
-                leaf = rowset.parts[0].leaf
-                systems[names[leaf], ranks[leaf]].append(rowset)
-            else:
-                systems[home[rowset.record], 1].append(rowset)
-        blocks = []
-        for (layer, rank), members in systems.items():
-            blocks += solve(System(layer, rank, members, shapes))
-        return blocks
-
-    def _assemble(
-        self,
-        verdict: Verdict,
-        reasons: list[str],
-        order: Order,
-        ranks: dict[str, int],
-        blocks: list[Block],
-        assumptions: tuple[str, ...],
-    ) -> Certificate:
-        assumptions = (*self.assumptions, *assumptions)
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.leaves.trainable().items()}
-        scales = {name: ranks.get(name, 1) for name in shapes}
-        layers = tuple(self._report(layer, scales, blocks) for layer in order.layers)
-        return Certificate(
-            verdict=verdict,
-            reasons=reasons,
-            layers=layers,
-            blocks=tuple(blocks),
-            system="paper" if self.strict else "lexicographic",
-            claim="bouligand" if verdict is Verdict.CERTIFIED else "",
-            shapes=shapes,
-            scales=scales,
-            assumptions=assumptions,
-            fingerprints=dict(self.prints),
-            seconds=dict(self.seconds),
-        )
-
-    def _report(self, layer: Layer, scales: dict[str, int], blocks: list[Block]) -> LayerReport:
-        found = [self.findings[record] for record in layer.records if record in self.findings]
-        mine = [block for block in blocks if block.layer == layer.name]
-        exemptions: Counter[str] = sum((item.exemptions for item in found), Counter())
-        kinds = {self.bias.get(record, "none") for record in layer.records}
-        return LayerReport(
-            name=layer.name,
-            parameters=layer.leaves,
+    def _layer(
+        self, name: str, leaves: tuple[str, ...], records: Iterable[OpRecord], ranks: dict[str, int]
+    ) -> LayerFindings:
+        records = tuple(records)
+        found = [self.findings[record] for record in records if record in self.findings]
+        kinds = {self.bias.get(record, "none") for record in records}
+        return LayerFindings(
+            name=name,
+            ops=tuple(record.name for record in records),
+            parameters=leaves,
             bias=kinds.pop() if len(kinds) == 1 else "partial",
-            rank=min((scales[leaf] for leaf in layer.leaves if leaf in scales), default=1),
-            windows=sum(item.windows for item in found),
-            ties=sum(item.ties for item in found),
-            touches=sum(item.touches for item in found),
-            exemptions=dict(+exemptions),
-            differing=sum(item.differing for item in found),
-            rows=sum(len(block.rows) for block in mine),
-            blocks=len(mine),
+            rank=min((ranks.get(leaf, 1) for leaf in leaves if self.leaves.tensor(leaf).requires_grad), default=1),
+            counts=join(found),
         )
-
-
-def _verdict(failures: list[str], doubts: list[str], blocks: list[Block]) -> tuple[Verdict, list[str]]:
-    """Precedence: a failed audit, then a provably empty system, then any doubt."""
-    if failures:
-        return Verdict.UNDECIDED, failures
-    empty = [
-        f"the system of {block.layer} (rank {block.rank}) is empty: {block.reason}" for block in blocks if block.proof
-    ]
-    if empty:
-        return Verdict.UNCERTIFIED, list(dict.fromkeys(empty))
-    doubts = doubts + [f"{block.layer}: {block.reason}" for block in blocks if block.direction is None]
-    if doubts:
-        return Verdict.UNDECIDED, list(dict.fromkeys(doubts))
-    return Verdict.CERTIFIED, []
-
-
-def fingerprint(record: OpRecord) -> str:
-    """sha256 of everything a record's comparisons decided: shapes, touches, ties and their selected members."""
-    digest = hashlib.sha256(repr((record.relu, record.input_shape)).encode())
-    digest.update(record.touches.numpy().tobytes())
-    if record.ties is not None:
-        digest.update(repr(record.ties.window).encode())
-        digest.update(record.ties.windows.numpy().tobytes() + record.ties.members.numpy().tobytes())
-    return digest.hexdigest()

@@ -17,11 +17,15 @@ from .rows import SAME_UNITS
 
 @dataclass(frozen=True, eq=False)
 class Bias:
-    """``y_i = (terms without b) + b[group(i)]``, exactly; ``kind`` is "distinct" or "shared"."""
+    """``y_i = (terms without b) + b[group(i)]``, exactly; ``kind`` is "distinct" or "shared".
+
+    ``run``: the group is the same for every aligned run of that many consecutive units.
+    """
 
     leaf: str
     group: Callable[[Tensor], Tensor]
     kind: str
+    run: int = 1
 
 
 def bias_of(graph: Graph, record: OpRecord, own: frozenset[str]) -> Bias | None:
@@ -33,12 +37,12 @@ def bias_of(graph: Graph, record: OpRecord, own: frozenset[str]) -> Bias | None:
     found = _search(graph, record.edge, lambda units: units, own)
     if found is None:
         return None
-    leaf, group = found
+    leaf, group, run = found
     if _paths(graph, record, leaf) != 1:
         return None
     units = math.prod(record.input_shape[1:])
     distinct = graph.leaves.tensor(leaf).numel() == units
-    return Bias(leaf, group, "distinct" if distinct else "shared")
+    return Bias(leaf, group, "distinct" if distinct else "shared", run)
 
 
 def _paths(graph: Graph, record: OpRecord, leaf: str) -> int:
@@ -66,15 +70,16 @@ def _paths(graph: Graph, record: OpRecord, leaf: str) -> int:
 
 
 _Map = Callable[[Tensor], Tensor]
+_Found = tuple[str, _Map, int]  # leaf, group and run of a Bias
 
 
-def _search(graph: Graph, edge: tuple[Node, int], units: _Map, own: frozenset[str]) -> tuple[str, _Map] | None:
+def _search(graph: Graph, edge: tuple[Node, int], units: _Map, own: frozenset[str]) -> _Found | None:
     node = edge[0]
     if node is None or node in graph.record_of:
         return None
     leaf = graph.leaf(node)
     if leaf is not None:
-        return (leaf, units) if leaf in own else None
+        return (leaf, units, 1) if leaf in own else None
     kind = kind_of(node)
     if kind in SAME_UNITS:
         return _search(graph, node.next_functions[0], units, own)
@@ -88,10 +93,10 @@ def _search(graph: Graph, edge: tuple[Node, int], units: _Map, own: frozenset[st
     if leaf is None or leaf not in own or tuple(graph.leaves.tensor(leaf).shape) != shape[1:2]:
         return None
     inner = math.prod(shape[2:])
-    return leaf, lambda u: units(u) // inner % shape[1]
+    return leaf, lambda u: units(u) // inner % shape[1], inner
 
 
-def _search_sum(graph: Graph, edge: tuple[Node, int], units: _Map, own: frozenset[str]) -> tuple[str, _Map] | None:
+def _search_sum(graph: Graph, edge: tuple[Node, int], units: _Map, own: frozenset[str]) -> _Found | None:
     out = shape_of(*edge)
     for operand in edge[0].next_functions:
         if operand[0] is not None:
@@ -99,7 +104,7 @@ def _search_sum(graph: Graph, edge: tuple[Node, int], units: _Map, own: frozense
             inner = partial(_broadcast, units, out, shape)
             found = _search(graph, operand, inner, own)
             if found is not None:
-                return found
+                return (*found[:2], found[2] if shape == out else 1)
     return None
 
 

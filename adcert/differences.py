@@ -50,11 +50,11 @@ class Part:
 class RowSet:
     """``count`` rows of one rule whose entries, in leaves of one rank, are spread over ``parts``.
 
-    ``below``: leaves in which these rows may be nonzero too; they must rank lower, which is checked again at the
-    end of the step. A row without any part is a zero row.
+    ``op``: name of the record they belong to. ``below``: leaves in which these rows may be nonzero too; they must
+    rank lower, which is checked again at the end of the step. A row without any part is a zero row.
     """
 
-    record: OpRecord
+    op: str
     rule: str
     count: int
     parts: tuple[Part, ...]

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .differences import Differences, Expansion
 from .layers import Graph
-from .records import OpRecord, take
+from .records import OpRecord, Ties, take
 from .rows import expand
 
 
@@ -55,6 +55,30 @@ def follow(record: OpRecord, differences: Differences) -> Differences:
     return Differences(source(differences.plus), source(differences.minus))
 
 
+def base_of(graph: Graph, record: OpRecord, strict: bool) -> OpRecord:
+    """The last of the recorded operations that feed ``record`` directly: its parameters are the deepest ones.
+
+    In strict mode only from a pooling to the ReLU under it (one layer phi o rho of the paper).
+    """
+    steps = 0
+    while True:
+        source = graph.record_of.get(record.edge[0])
+        if source is None:
+            return record
+        joined = record.ties is not None and not record.relu and source.ties is None and steps == 0
+        if strict and not joined:
+            return record
+        record, steps = source, steps + 1
+
+
+def follow_to(graph: Graph, record: OpRecord, base: OpRecord, differences: Differences) -> Differences:
+    """Differences of y of ``record`` as differences of y of its ``base``."""
+    while record is not base:
+        record = graph.record_of[record.edge[0]]
+        differences = follow(record, differences)
+    return differences
+
+
 def prove_zero(graph: Graph, record: OpRecord, differences: Differences) -> Tensor:
     """bool [K]: the gradients of y_plus and y_minus of ``record`` (all parameters) are proved equal.
 
@@ -92,10 +116,8 @@ def prove_expansion_zero(graph: Graph, expansion: Expansion) -> Tensor:
     return good
 
 
-def tied_members(record: OpRecord) -> tuple[Tensor, Tensor]:
-    """(window, cell) of every member of every recorded tie, int64 [M] each, windows ascending."""
-    assert record.ties is not None
-    ties = record.ties
+def tied_members(ties: Ties) -> tuple[Tensor, Tensor]:
+    """(window, cell) of every member of every tie, int64 [M] each, windows ascending."""
     kernel = ties.window.kernel[0] * ties.window.kernel[1]
     bits = torch.arange(min(kernel, 64))
     held = ((ties.members[:, :, None] >> bits) & 1).flatten(1)[:, :kernel]
@@ -103,10 +125,18 @@ def tied_members(record: OpRecord) -> tuple[Tensor, Tensor]:
     return ties.windows[which], cells
 
 
+def tied_pairs(record: OpRecord, ties: Ties) -> tuple[Tensor, Differences]:
+    """(window, selected member minus other member) of every pair of these ties of a record."""
+    owner, cells = tied_members(ties)
+    members, chosen = cell_inputs(record, owner, cells), selected_inputs(record, owner)
+    other = members != chosen
+    return owner[other], Differences(chosen[other], members[other])
+
+
 def maximisers(record: OpRecord, windows: Tensor) -> Tensor:
     """Distinct flat input indices of all members of the argmax sets of these windows (int64, flat output indices)."""
     assert record.ties is not None
-    owner, cells = tied_members(record)
+    owner, cells = tied_members(record.ties)
     mine = torch.isin(owner, windows)
     members = torch.cat([selected_inputs(record, windows), cell_inputs(record, owner[mine], cells[mine])])
     distinct: Tensor = torch.unique(members)

@@ -19,15 +19,21 @@ from torch import Tensor
 from . import records
 from .analysis import StepAnalysis
 from .certificate import Certificate, Verdict
+from .conclusion import Observed, conclude, failed
 from .errors import AdcertError, UncertifiedError
 from .records import Recorder
 from .watch import Watch
+from .worker import Bounds, Desk
 
 ON_FAIL = ("record", "raise")
+_QUEUE_BYTES = 256 << 20  # of rows that wait for the worker
 
 
 class Step:
-    """One monitored step. ``summary`` and :meth:`certificate` are there once the ``with`` block has ended."""
+    """One monitored step. ``summary`` and :meth:`certificate` are there once the ``with`` block has ended.
+
+    They are made on the monitor's worker thread; asking for them waits for it.
+    """
 
     def __init__(self, number: int, model: torch.nn.Module, names: dict[int, str], strict: bool) -> None:
         self.number = number
@@ -35,9 +41,9 @@ class Step:
         self._recorder = Recorder(names)
         self._watch: Watch | None = Watch(self._recorder, self._on_root)
         self._began = time.perf_counter()
+        self._wait: Callable[[Callable[[], bool]], None] | None = None
         self._certificate: Certificate | None = None
-        self._gradients: list[Tensor] = []
-        self.summary: dict[str, Any] = {}
+        self._summary: dict[str, Any] = {}
 
     def loss(self, loss: Tensor) -> Tensor:
         """Name a root explicitly, before its backward pass runs out of sight (in C++, say). Returns the loss."""
@@ -47,14 +53,23 @@ class Step:
         return loss
 
     def certificate(self) -> Certificate:
-        """The step's certificate.
+        """The step's certificate; waits until it is made.
 
         Raises:
             AdcertError: inside the step's ``with`` block, or if the block was left by an exception.
         """
+        if self._wait is not None and self._certificate is None:
+            self._wait(lambda: self._certificate is not None)
         if self._certificate is None:
             raise AdcertError("this step has no certificate: its block is still running or was left by an exception")
         return self._certificate
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The step's line of the log (:func:`summarize`); waits until it is made. Empty before the block has ended."""
+        if self._wait is not None:
+            self.certificate()
+        return self._summary
 
     def _on_root(self, roots: list[Tensor], inputs: Any, keep: bool) -> None:
         analysis, watch = self._analysis, self._watch
@@ -78,18 +93,22 @@ class Step:
         with records.recording(self._recorder), self._watch:
             yield
 
-    def _finish(self) -> Certificate:
+    def _observed(self) -> Observed:
+        """What the worker needs; lets go of everything else."""
         analysis, watch = self._analysis, self._watch
         assert analysis is not None and watch is not None
         start = time.perf_counter()
-        certificate = analysis.certificate(_gradient_problems(analysis), watch.assumptions)
+        observed = analysis.observed(_gradient_problems(analysis), watch.assumptions)
         now = time.perf_counter()
-        analysis.seconds["analysis"] += now - start
-        certificate.seconds.update(analysis.seconds, step=now - self._began)
-        self._certificate = certificate
-        self.summary = summarize(self.number, certificate) | {"partial": analysis.pairs}
+        observed.seconds["analysis"] = analysis.seconds["analysis"] + now - start
+        observed.seconds["step"] = now - self._began
+        self._summary = {"partial": analysis.pairs}
         self._release()
-        return certificate
+        return observed
+
+    def _deliver(self, certificate: Certificate) -> None:
+        self._summary = summarize(self.number, certificate) | self._summary
+        self._certificate = certificate
 
     def _release(self) -> None:
         """Nothing of the step's graph outlives the step."""
@@ -108,7 +127,8 @@ def _gradient_problems(analysis: StepAnalysis) -> list[str]:
 def summarize(number: int, certificate: Certificate) -> dict[str, Any]:
     """One line of the log: the verdict, totals, and the same per layer.
 
-    ``seconds``: analysis = audit + rows + solve; of rows, ``partial`` went into the partial backward engine.
+    ``seconds``: analysis = audit + rows on the training thread; of rows, ``partial`` went into the partial backward
+    engine; ``solve`` on the worker.
     """
     counts = ("windows", "ties", "touches", "differing", "rows", "blocks", "exemptions")
     layers = [{"name": layer.name, **{key: getattr(layer, key) for key in counts}} for layer in certificate.layers]
@@ -158,6 +178,9 @@ class Monitor:
         log: path of a JSON-lines file, one object per step and the report at the end; appended to if it exists.
         strict: use the paper's Algorithm 1 only.
         keep: how many of the latest certificates ``certificates`` holds.
+        queue: how many steps may wait for the worker thread that decides their systems, proves the answers and writes
+            the log; a step that finds the queue full waits (and so it does while more than 256 MiB are waiting).
+            0: no thread, each step is concluded when its block ends.
 
     Raises:
         AdcertError: for arguments it does not know.
@@ -180,6 +203,7 @@ class Monitor:
         strict: bool = False,
         *,
         keep: int = 16,
+        queue: int = 8,
     ) -> None:
         if on_fail == "repair":
             raise AdcertError('on_fail="repair" is not built yet; use "record" or "raise"')
@@ -187,17 +211,20 @@ class Monitor:
             raise AdcertError(f"on_fail must be one of {ON_FAIL}, got {on_fail!r}")
         if not isinstance(model, torch.nn.Module):
             raise AdcertError(f"Monitor needs the torch.nn.Module that is trained, got {type(model).__name__}")
+        if isinstance(queue, bool) or not isinstance(queue, int) or queue < 0:
+            raise AdcertError(f"queue is the number of steps that may wait, an int >= 0, got {queue!r}")
         self.model = model
         self.on_fail = on_fail
         self.strict = strict
         self.certificates: deque[Certificate] = deque(maxlen=keep)
         self._path = None if log is None else Path(log)
         self._log: TextIO | None = None
+        self._log_error: OSError | None = None
         self._totals: Counter[str] = Counter()
         self._seconds: dict[str, float] = defaultdict(float)
         self._reasons: Counter[str] = Counter()
         self._layers: dict[str, Counter[str]] = {}
-        self._thread: int | None = None
+        self._desk: Desk[tuple[Step, Observed]] = Desk(self._conclude, self._lost, Bounds(queue, _QUEUE_BYTES))
 
     def __enter__(self) -> Monitor:
         if self._path is not None and self._log is None:
@@ -212,8 +239,20 @@ class Monitor:
     ) -> None:
         self.close()
 
+    def flush(self) -> None:
+        """Wait until every step has its verdict and its line in the log.
+
+        Raises:
+            AdcertError: if a line could not be written; the verdicts themselves are in the totals.
+        """
+        self._desk.flush()
+        if self._log_error is not None:
+            error, self._log_error = self._log_error, None
+            raise AdcertError(f"cannot write the log {self._path}: {error}") from error
+
     def close(self) -> None:
-        """Write the report as the last line of the log and close it. Calling it again does nothing."""
+        """:meth:`flush`, write the report as the last line of the log and close it. A second call does nothing."""
+        self.flush()
         if self._log is not None:
             self._write({"report": asdict(self.report())})
             self._log.close()
@@ -239,15 +278,27 @@ class Monitor:
             self._totals["aborted"] += 1
             step._release()
             raise
-        certificate = step._finish()
-        self._account(step, certificate)
-        if self.on_fail == "raise" and certificate.verdict is not Verdict.CERTIFIED:
+        observed = step._observed()
+        step._wait = self._desk.wait
+        self._desk.submit((step, observed), observed.nbytes)
+        if self.on_fail == "raise" and step.certificate().verdict is not Verdict.CERTIFIED:
+            certificate = step.certificate()
             raise UncertifiedError(
                 f"step {step.number} is {certificate.verdict.value}: " + "; ".join(certificate.reasons)
             )
 
+    def _conclude(self, job: tuple[Step, Observed]) -> None:
+        step, observed = job
+        self._account(step, conclude(observed))
+
+    def _lost(self, job: tuple[Step, Observed], reason: str) -> None:
+        step, observed = job
+        if step._certificate is None:  # else the verdict stands, and the log's trouble is told by flush
+            self._account(step, failed(observed, reason))
+
     def _account(self, step: Step, certificate: Certificate) -> None:
-        summary = step.summary
+        step._deliver(certificate)
+        summary = step._summary
         self.certificates.append(certificate)
         self._totals[certificate.verdict.value] += 1
         for key in ("windows", "ties", "touches", "differing", "rows"):
@@ -261,7 +312,10 @@ class Monitor:
                 total[key] += layer[key]
             total["steps_differing"] += layer["differing"] > 0
         if self._log is not None:
-            self._write(summary)
+            try:
+                self._write(summary)
+            except OSError as error:
+                self._log_error = error
 
     def _write(self, line: dict[str, Any]) -> None:
         assert self._log is not None
@@ -269,7 +323,11 @@ class Monitor:
         self._log.flush()
 
     def report(self) -> Report:
-        """Totals so far. ``layers``: per layer the totals, and in how many steps S_j \\ T_j was nonempty somewhere."""
+        """Totals of all steps so far; waits for their verdicts.
+
+        ``layers``: per layer the totals, and in how many steps S_j \\ T_j was nonempty somewhere.
+        """
+        self._desk.flush()
         names = (
             "steps",
             "certified",
@@ -309,7 +367,7 @@ def certify(closure: Callable[[], Tensor], model: torch.nn.Module, strict: bool 
         >>> adcert.certify(lambda: (torch.relu(w) - torch.relu(-w)).sum(), model).verdict.value
         'uncertified'
     """
-    with Monitor(model, strict=strict).step() as step:
+    with Monitor(model, strict=strict, queue=0).step() as step:
         loss = closure()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise AdcertError("the closure must return the loss as a tensor with one element")

@@ -8,23 +8,30 @@ would make and destroy ties.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from adcert._load import load
-from adcert.reference import DTYPES, Pair, PoolResult, ReluResult, TouchResult, pair
+from adcert.reference import DTYPES, STAGE_INTS, Pair, PoolResult, ReluResult, Resolved, TouchResult, pair
 
 __all__ = [
     "DTYPES",
+    "STAGE_INTS",
     "Pair",
     "PoolResult",
     "ReluResult",
+    "Resolved",
     "TouchResult",
+    "conv_patches",
+    "distinct_rows",
     "max_pool2d",
+    "opposite_rows",
     "pool_indices",
     "relu",
+    "resolve_ties",
     "touches",
 ]
 
@@ -290,6 +297,97 @@ def pool_indices(
     columns = torch.arange(offsets.shape[-1], device=offsets.device) * sw - pw
     return (rows + at // kw * dh) * width + columns + at % kw * dw
 
+
+# resolve_ties ----------------------------------------------------------------------------------------------
+
+
+def resolve_ties(
+    windows: Tensor, members: Tensor, offsets: Tensor, pool: Sequence[int], stages: Sequence[int], tensors: list[Tensor]
+) -> Resolved:
+    """Every tied member against the selected one: are their AD gradients equal (T_j of Algorithm 1)?
+
+    Value numbering up the straight part of the network above a max pooling: two units are the same function of the
+    parameters if they are one unit, or both off, or see patches that are equal in value and, element by element,
+    such pairs themselves. One-sided: equality is proved, its absence says nothing.
+
+    Args:
+        windows, members, offsets: of :func:`max_pool2d`, ``offsets`` ``[N, C, OH, OW]``.
+        pool: (size, kernel, stride, padding, dilation, count) of the pooling's height, then of its width.
+        stages: :data:`STAGE_INTS` integers for each stage; :mod:`adcert.stages` writes them.
+        tensors: ``[N, C, H, W]`` each, what the stages saved.
+
+    Raises:
+        RuntimeError: shapes or stages that do not fit together.
+
+    Not differentiable. See :class:`adcert.reference.Resolved` for the result.
+    """
+    return Resolved(*_OPS.resolve_ties(windows, members, offsets, pool, stages, tensors))
+
+
+def _resolve_fake(
+    windows: Tensor, members: Tensor, offsets: Tensor, pool: Sequence[int], stages: Sequence[int], tensors: list[Tensor]
+) -> tuple[Tensor, ...]:
+    window = _list(windows)
+    return window, *(torch.empty_like(window) for _ in range(3)), windows.new_empty((5,))
+
+
+torch.library.register_fake("adcert::resolve_ties", _resolve_fake)
+
+# conv_patches ----------------------------------------------------------------------------------------------
+
+
+def conv_patches(x: Tensor, units: Tensor, stage: Sequence[int]) -> Tensor:
+    """``[K, C / groups * KH * KW]``: the patch of ``x`` each output unit of a convolution looks at, 0 in the padding.
+
+    Args:
+        x: ``[N, C, H, W]``, any strides; float32, float64, bfloat16 or float16.
+        units: int64 ``[K]``, flat indices of the convolution's output; -1 stands for a row of zeros.
+        stage: the convolution as a stage (:mod:`adcert.stages`).
+    """
+    result: Tensor = _OPS.conv_patches(x.detach(), units, stage)
+    return result
+
+
+def _patches_fake(x: Tensor, units: Tensor, stage: Sequence[int]) -> Tensor:
+    return x.new_empty((units.shape[0], stage[4] // stage[5] * stage[8] * stage[14]))
+
+
+torch.library.register_fake("adcert::conv_patches", _patches_fake)
+
+# distinct_rows, opposite_rows ------------------------------------------------------------------------------
+
+
+def distinct_rows(rows: Tensor) -> Tensor:
+    """Ascending indices of the first of each set of rows of a contiguous matrix that are equal byte by byte.
+
+    >>> distinct_rows(torch.tensor([[1.0, 2.0], [3.0, 4.0], [1.0, 2.0]]))
+    tensor([0, 1])
+    """
+    result: Tensor = _OPS.distinct_rows(rows)
+    return result
+
+
+torch.library.register_fake("adcert::distinct_rows", lambda rows: _list(rows))
+
+
+def opposite_rows(plus: Tensor, minus: Tensor, group: Tensor) -> Tensor:
+    """``[i, k]``, the first row k that seems the opposite of an earlier row i of its group, or ``[]``.
+
+    Rows are ``plus - minus`` in float64, so the pair is a proposal: two exact rows on opposite rays prove that no p
+    makes both positive (Gordan), which the caller has to check.
+
+    Args:
+        plus, minus: ``[K, n]``, both float32 or both float64.
+        group: int64 ``[K]``.
+
+    >>> opposite_rows(torch.eye(2), torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([7, 7]))
+    tensor([0, 1])
+    """
+    result: Tensor = _OPS.opposite_rows(plus, minus, group)
+    return result
+
+
+torch.library.register_fake("adcert::opposite_rows", lambda plus, minus, group: _list(group))
 
 # helpers ---------------------------------------------------------------------------------------------------
 

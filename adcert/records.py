@@ -54,6 +54,12 @@ class Ties:
     offsets: Tensor
     window: Window
 
+    def pairs(self, mask: Tensor) -> int:
+        """Number of (selected, other) pairs in the windows of this mask."""
+        bits = torch.arange(min(64, self.window.kernel[0] * self.window.kernel[1]))
+        held = ((self.members[mask][:, :, None] >> bits) & 1).sum()
+        return int(held) - int(mask.sum())
+
 
 @dataclass(eq=False)
 class OpRecord:

@@ -7,6 +7,7 @@ device.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -61,6 +62,31 @@ class PoolResult(NamedTuple):
     members: Tensor
     touches: Tensor
     nonfinite: Tensor
+
+
+#: Integers a stage of :func:`resolve_ties` takes: kind, relu, numbers of the tensors ``values`` and ``offsets``
+#: (-1: none), channels of the input, groups, channels of the output, then size, kernel, stride, padding, dilation and
+#: count of the height and of the width.
+STAGE_INTS = 19
+
+
+class Resolved(NamedTuple):
+    """What :func:`resolve_ties` returns; the lists hold the K pairs not proved equal, in the order of the ties.
+
+    Attributes:
+        window: int64 ``[K]``, flat output index of the tied window.
+        chosen, other: int64 ``[K]``, flat units of the tensor below the stages' first recorded operations (the input of
+            the pooling, usually); -1 for a unit that is off.
+        answer: int64 ``[K]``: 1, the patches of the first convolution differ: an exact nonzero row; 2, they are equal,
+            what is below them is not proved equal; 3, the stages do not tell.
+        counts: int64 ``[5]``, pairs by answer: 0, equal gradients; 1, 2, 3; 4, both units off, or the same unit.
+    """
+
+    window: Tensor
+    chosen: Tensor
+    other: Tensor
+    answer: Tensor
+    counts: Tensor
 
 
 def pair(value: Pair, name: str) -> tuple[int, int]:
@@ -168,6 +194,135 @@ def pool_indices(
             ih, iw = oh * sh - ph + at // kw * dh, ow * sw - pw + at % kw * dw
             result[..., oh, ow] = ih * width + iw
     return result
+
+
+def resolve_ties(
+    windows: Tensor, members: Tensor, offsets: Tensor, pool: Sequence[int], stages: Sequence[int], tensors: list[Tensor]
+) -> Resolved:
+    """Value numbering without memory: every pair walks up the stages by itself."""
+    walk = [_Stage(stages[i : i + STAGE_INTS], tensors) for i in range(0, len(stages), STAGE_INTS)]
+    top = _Stage((3, 0, -1, -1, 1, 1, 1, *pool), tensors)
+    cells = top.cells
+    for stage in walk:  # poolings right above
+        cells = stage.cells if stage.kind == 3 else cells
+        if stage.kind not in (2, 3):
+            break
+    found: list[tuple[int, int, int, int]] = []
+    counts = [0] * 5
+    for window, words in zip(windows.tolist(), members.tolist(), strict=True):
+        n, c, o = (int(i) for i in torch.unravel_index(torch.tensor(window), (*offsets.shape[:2], top.outputs)))
+        selected = int(offsets[n, c].flatten()[o])
+        for cell in range(top.taps):
+            if cell == selected or not (words[cell // 64] >> (cell % 64)) & 1:
+                continue
+            answer, p, q = _compare(walk, n, c, top.source(o, selected), top.source(o, cell))
+            counts[answer] += 1
+            if answer in (1, 2, 3):
+                base = (n * offsets.shape[1] + c) * cells
+                found.append((window, *(-1 if u is None else base + u for u in (p, q)), answer))
+    table = torch.tensor(found, dtype=torch.int64).reshape(-1, 4)
+    return Resolved(table[:, 0], table[:, 1], table[:, 2], table[:, 3], torch.tensor(counts))
+
+
+class _Stage:
+    """One stage of :func:`resolve_ties`; positions are row * width + column, None for a unit that is off."""
+
+    def __init__(self, numbers: Sequence[int], tensors: list[Tensor]) -> None:
+        self.kind, _, values, offsets, channels, self.groups, self.channels_out = (int(i) for i in numbers[:7])
+        self.values = None if values < 0 else tensors[values]
+        self.offsets = None if offsets < 0 else tensors[offsets]
+        self.channels = channels // max(1, self.groups)
+        self.height, self.width = numbers[7:13], numbers[13:]
+        self.taps, self.outputs = self.height[1] * self.width[1], self.height[5] * self.width[5]
+        self.cells = self.height[0] * self.width[0]
+
+    def source(self, position: int, tap: int) -> int | None:
+        """Input position of a tap of an output position; None in the padding."""
+        cells = []
+        for axis, o, k in (
+            (self.height, position // self.width[5], tap // self.width[1]),
+            (self.width, position % self.width[5], tap % self.width[1]),
+        ):
+            size, _, stride, padding, dilation, _ = axis
+            cells.append(o * stride - padding + k * dilation)
+            if not 0 <= cells[-1] < size:
+                return None
+        return cells[0] * self.width[0] + cells[1]
+
+    def value(self, n: int, c: int, position: int | None) -> float:
+        assert self.values is not None
+        return 0.0 if position is None else float(self.values[n, c].flatten()[position])
+
+    def selected(self, n: int, c: int, position: int | None) -> int | None:
+        """Of a recorded operation: the position AD selects, None if the unit is off."""
+        if position is None or (self.values is not None and not self.value(n, c, position) > 0):
+            return None
+        return position if self.offsets is None else self.source(position, int(self.offsets[n, c].flatten()[position]))
+
+
+def _compare(walk: list[_Stage], n: int, c: int, p: int | None, q: int | None) -> tuple[int, int | None, int | None]:
+    """The answer for units p and q of channel c, and the positions where it was given."""
+    for i, stage in enumerate(walk):
+        if stage.kind in (2, 3):
+            p, q = stage.selected(n, c, p), stage.selected(n, c, q)
+            if p == q:
+                return 4, p, q
+            if p is None or q is None:
+                return 3, p, q
+        elif stage.kind == 4 and stage.value(n, c, p) != stage.value(n, c, q):
+            return 3, p, q
+        elif stage.kind == 5:
+            return _compare_patches(walk, i, n, c, p, q), p, q
+        elif stage.kind < 2:
+            return 3, p, q
+    return 3, p, q
+
+
+def _compare_patches(walk: list[_Stage], i: int, n: int, c: int, p: int | None, q: int | None) -> int:
+    stage, above = walk[i], walk[i + 1 :]
+    assert p is not None and q is not None
+    first = c // (stage.channels_out // stage.groups) * stage.channels
+    pairs = [(stage.source(p, k), stage.source(q, k)) for k in range(stage.taps)]
+    channels = range(first, first + stage.channels)
+    cells = [(d, a, b) for a, b in pairs for d in channels]
+    if stage.values is not None and any(stage.value(n, d, a) != stage.value(n, d, b) for d, a, b in cells):
+        return 1
+    if above and above[0].kind == 0:
+        return 0
+    equal = all(a == b or _compare(above, n, d, a, b)[0] in (0, 4) for d, a, b in cells)
+    return 0 if equal else 2
+
+
+def conv_patches(x: Tensor, units: Tensor, stage: Sequence[int]) -> Tensor:
+    """Patches of a convolution's input, one row for each output unit."""
+    conv = _Stage((5, 0, 0, -1, *stage[4:]), [x])
+    shape = (x.shape[0], conv.channels_out, conv.outputs)
+    rows = []
+    for unit in units.tolist():
+        n, c, p = (int(i) for i in torch.unravel_index(torch.tensor(max(unit, 0)), shape))
+        first = c // (conv.channels_out // conv.groups) * conv.channels
+        for d in range(first, first + conv.channels):
+            taps = (conv.source(p, k) if unit >= 0 else None for k in range(conv.taps))
+            rows += [conv.value(n, d, at) for at in taps]
+    return torch.tensor(rows, dtype=torch.float64).reshape(len(units), conv.channels * conv.taps).to(x.dtype)
+
+
+def distinct_rows(rows: Tensor) -> Tensor:
+    """Ascending indices of the first of each set of equal rows, byte by byte."""
+    seen: dict[bytes, int] = {}
+    for i, row in enumerate(rows):
+        seen.setdefault(row.contiguous().view(torch.uint8).numpy().tobytes(), i)
+    return torch.tensor(sorted(seen.values()), dtype=torch.int64)
+
+
+def opposite_rows(plus: Tensor, minus: Tensor, group: Tensor) -> Tensor:
+    """``[i, k]``: the first row k that is the opposite of an earlier row of its group, the first such i; or ``[]``."""
+    rows = plus.to(torch.float64) - minus.to(torch.float64)
+    for k in range(len(rows)):
+        for i in range(k):
+            if group[i] == group[k] and bool(rows[k].any()) and torch.equal(rows[k], -rows[i]):
+                return torch.tensor([i, k])
+    return torch.zeros(0, dtype=torch.int64)
 
 
 def _layout(x: Tensor) -> torch.memory_format:

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import records
-from .analysis import fingerprint
+from .conclusion import Prints
 from .errors import AdcertError
 from .layers import Graph, Leaves
 from .records import Recorder
@@ -122,7 +122,7 @@ def _prints(closure: Callable[[], Tensor], model: torch.nn.Module) -> dict[str, 
     with torch.random.fork_rng(devices=[]), records.recording(recorder), watch, _Double():
         loss = closure()
     graph = Graph([loss.grad_fn], recorder.records, Leaves(model))
-    return {record.name: fingerprint(record) for record in recorder.records if record.node in graph.position}
+    return {record.name: Prints.of(record).digest() for record in recorder.records if record.node in graph.position}
 
 
 class _Double(TorchFunctionMode):

@@ -11,6 +11,7 @@ import torch
 from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
+from . import ops
 from .certificate import Block, Column
 from .differences import Part, RowSet, groups_of
 from .feasibility import Decision, Proof, decide
@@ -26,29 +27,84 @@ class System:
     shapes: Mapping[str, tuple[int, ...]]
 
 
-def solve(system: System) -> list[Block]:
+@dataclass(frozen=True, eq=False)
+class Solved:
+    """Blocks that were decided, and how many rows and blocks there are in all."""
+
+    blocks: list[Block]
+    rows: int
+    count: int
+
+
+def solve(system: System, most: int | None = None) -> Solved:
     """Cut a system into its blocks and decide each of them.
 
     Two (leaf, group) column sets belong to one block iff some row has entries in both: the system
-    splits exactly along these blocks.
+    splits exactly along these blocks. ``most``: leave larger blocks undecided, they are only counted.
     """
     rows = sum(rowset.count for rowset in system.rowsets)
     if rows == 0:
-        return []
+        return Solved([], 0, 0)
     offsets, groups = {}, 0
     for leaf in dict.fromkeys(part.leaf for rowset in system.rowsets for part in rowset.parts):
         offsets[leaf] = groups
         groups += groups_of(system.shapes[leaf])[0]
     labels = _components(system.rowsets, offsets, rows, groups)
-    blocks = []
-    order = np.argsort(labels[:rows], kind="stable")
+    blocks, left = [], 0
+    order = np.argsort(labels, kind="stable")
     cuts = np.flatnonzero(np.diff(labels[order])) + 1
-    for members in np.split(order, cuts):
-        blocks.append(_block(system, offsets, members))
-    return blocks
+    members = np.split(order, cuts)
+    for block in members:
+        if most is None or len(block) <= most:
+            blocks.append(_block(system, offsets, block))
+        else:
+            left += len(block)
+    return Solved(blocks, left + sum(len(block.rows) for block in blocks), len(members))
+
+
+def contradiction(system: System) -> Block | None:
+    """A block of two exact rows of one filter that are opposite, with its proof; None if no such pair is seen.
+
+    Linear in the number of rows: where ties abound it spares all linear programs.
+    """
+    found: dict[tuple[str, str], list[Part]] = defaultdict(list)
+    for rowset in system.rowsets:
+        for part in rowset.parts:
+            alone = len(rowset.parts) == 1 and part.radius is None and _once(part.owner.numpy(), rowset.count)
+            if alone and groups_of(system.shapes[part.leaf])[1] > 1:
+                found[rowset.rule, part.leaf].append(part)
+    for (rule, leaf), parts in found.items():
+        wide = any(part.plus.dtype == torch.float64 for part in parts)
+        dtype = torch.float64 if wide else torch.float32
+        plus = torch.cat([part.plus.to(dtype) for part in parts])
+        minus = torch.cat([part.minus.to(dtype) for part in parts])
+        group = torch.cat([part.group for part in parts])
+        pair = ops.opposite_rows(plus, minus, group)
+        if len(pair):
+            start = int(group[pair[0]]) * plus.shape[1]
+            columns = (Column(leaf, np.arange(start, start + plus.shape[1])),)
+            first, second = (side[pair].to(torch.float64).numpy() for side in (plus, minus))
+            block = _decided(system, columns, first, second, None, [rule] * 2)
+            if block.proof is not None:
+                return block
+    return None
+
+
+def _once(owner: np.ndarray, count: int) -> bool:
+    """Every number below ``count`` appears exactly once."""
+    return len(owner) == count and bool((np.bincount(owner, minlength=count) == 1).all())
 
 
 def _components(rowsets: Sequence[RowSet], offsets: dict[str, int], rows: int, groups: int) -> np.ndarray:
+    """Labels [rows] of the rows: equal iff they belong to one block."""
+    if all(len(rowset.parts) == 1 and _once(rowset.parts[0].owner.numpy(), rowset.count) for rowset in rowsets):
+        labels = np.empty(rows, np.int64)  # every row in one group
+        start = 0
+        for rowset in rowsets:
+            part = rowset.parts[0]
+            labels[part.owner.numpy() + start] = part.group.numpy() + offsets[part.leaf]
+            start += rowset.count
+        return labels
     left, right, start = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
     for rowset in rowsets:
         for part in rowset.parts:
@@ -57,8 +113,8 @@ def _components(rowsets: Sequence[RowSet], offsets: dict[str, int], rows: int, g
         start += rowset.count
     i, j = np.concatenate(left), np.concatenate(right)
     graph = coo_matrix((np.ones(len(i), np.int8), (i, j)), shape=(rows + groups, rows + groups))
-    labels: np.ndarray = connected_components(graph, directed=False)[1]
-    return labels
+    components: np.ndarray = connected_components(graph, directed=False)[1]
+    return components[:rows]
 
 
 def _block(system: System, offsets: dict[str, int], members: np.ndarray) -> Block:
@@ -112,8 +168,7 @@ def _decided(
 ) -> Block:
     """Drop repeated rows, decide, and keep only what the answer rests on."""
     stacked = np.concatenate([plus, minus] if radius is None else [plus, minus, radius], axis=1)
-    _, first = np.unique(stacked, axis=0, return_index=True)
-    first.sort()
+    first = ops.distinct_rows(torch.from_numpy(np.ascontiguousarray(stacked))).numpy()
     plus, minus = plus[first], minus[first]
     radius = None if radius is None else radius[first]
     names = tuple(rules[i] for i in first)

@@ -7,6 +7,10 @@
 //                        (relu only, else empty): offsets where the gradient flows, KH * KW where ReLU stops it
 //   max_pool2d_backward  sends grad to the cells that routes (or offsets) name; batch of grad a multiple of theirs
 //   max_pool2d_gather    its adjoint: reads those cells
+//   resolve_ties         tied members against the selected one: counts by answer, and the pairs not proved equal
+//   conv_patches         patches of a convolution's input, one row for each output unit
+//   distinct_rows        ascending indices of the first of equal rows
+//   opposite_rows        a row that seems the opposite of an earlier one of its group
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY(adcert, m) {
@@ -22,4 +26,10 @@ STABLE_TORCH_LIBRARY(adcert, m) {
   m.def(
       "max_pool2d_gather(Tensor x, Tensor routes, int[2] kernel_size, int[2] stride, int[2] padding, "
       "int[2] dilation) -> Tensor");
+  m.def(
+      "resolve_ties(Tensor windows, Tensor members, Tensor offsets, int[] pool, int[] stages, Tensor[] tensors) -> "
+      "(Tensor window, Tensor chosen, Tensor other, Tensor answer, Tensor counts)");
+  m.def("conv_patches(Tensor x, Tensor units, int[] stage) -> Tensor");
+  m.def("distinct_rows(Tensor rows) -> Tensor");
+  m.def("opposite_rows(Tensor plus, Tensor minus, Tensor group) -> Tensor");
 }

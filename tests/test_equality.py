@@ -269,7 +269,7 @@ def test_cells_selected_units_and_members_by_hand():
     seen = look(lambda p: p.max_pool2d(y, "pool", Window((2, 2), (1, 1), (0, 0), (1, 1))), y=y)
     (record,) = seen.records
     assert selected_inputs(record, torch.tensor([0, 1])).tolist() == [0, 1]
-    windows, cells = tied_members(record)
+    windows, cells = tied_members(record.ties)
     assert (windows.tolist(), cells.tolist()) == ([0, 0, 0, 1, 1], [0, 1, 3, 0, 2])
     assert cell_inputs(record, windows, cells).tolist() == [0, 1, 4, 1, 4]
     below = follow(record, pairs((0, 1), (-1, 0)))
@@ -347,7 +347,7 @@ def test_a_two_layer_image_network_with_few_values(seed: int):
     found = 0
     for record in seen.records:
         if record.ties is not None and len(record.ties.windows):
-            windows, cells = tied_members(record)
+            windows, cells = tied_members(record.ties)
             members, chosen = cell_inputs(record, windows, cells), selected_inputs(record, windows)
             found += sum(proved(seen, record, Differences(chosen, members)))
         found += sum(proved(seen, record, random_pairs(seen.y(record).numel(), 60, seed)))

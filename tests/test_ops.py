@@ -282,6 +282,9 @@ def samples(name: str) -> Iterator[tuple[Any, ...]]:
             yield (x, *pairs, True, False)
             yield (x, (2, 2), (2, 2), (0, 0), (1, 1), False, True)
             yield (x, (9, 9), (4, 4), (0, 0), (1, 1), False, True)
+        elif name in ("resolve_ties", "conv_patches", "distinct_rows", "opposite_rows"):
+            if layout != "3d" and not grad:
+                yield bulk_arguments(name, x)
         else:
             routes = torch.ops.adcert.max_pool2d(x.detach(), *pairs, False, True)[6]
             if name == "max_pool2d_gather":
@@ -291,7 +294,24 @@ def samples(name: str) -> Iterator[tuple[Any, ...]]:
                 yield (seed, routes, *x.shape[-2:], *pairs, layout == "channels_last")
 
 
-OPERATORS = ("relu", "touches", "max_pool2d", "max_pool2d_backward", "max_pool2d_gather")
+def bulk_arguments(name: str, x: Tensor) -> tuple[Any, ...]:
+    """What the certificates' own operators take: x is the output of a 1 x 1 convolution of itself, pooled 2 x 2."""
+    if name == "distinct_rows":
+        return (x.flatten(1).contiguous(),)
+    if name == "opposite_rows":
+        rows = x.float().flatten(0, 2).contiguous()
+        return rows, -rows, torch.arange(len(rows)) % 3
+    n, c, h, w = x.shape
+    conv = (5, 0, 0, -1, c, 1, c, h, 1, 1, 0, 1, h, w, 1, 1, 0, 1, w)
+    if name == "conv_patches":
+        return x, torch.arange(0, n * c * h * w, 7), conv
+    pool = ops.max_pool2d(x, 2)
+    axes = (h, 2, 2, 0, 1, h // 2, w, 2, 2, 0, 1, w // 2)
+    return pool.windows, pool.members, pool.offsets, axes, (*conv, *(0,) * ops.STAGE_INTS), [x]
+
+
+FORWARD = ("relu", "touches", "max_pool2d", "max_pool2d_backward", "max_pool2d_gather")
+OPERATORS = (*FORWARD, "resolve_ties", "conv_patches", "distinct_rows", "opposite_rows")
 
 
 def test_every_operator_is_listed() -> None:

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 import adcert
 from adcert.certificate import Block
-from adcert.decisions import RowSet
-from adcert.differences import Part
+from adcert.differences import Part, RowSet
 from adcert.feasibility import check_direction, check_proof
 from adcert.systems import System, solve
 
@@ -33,11 +32,11 @@ def part(leaf: str, owner: list[int], group: list[int], plus: list[list[float]],
 
 
 def rowset(count: int, *parts: Part, rule: str = "tie") -> RowSet:
-    return RowSet(None, rule, count, parts)  # type: ignore[arg-type]
+    return RowSet("op", rule, count, parts)
 
 
 def blocks(*rowsets: RowSet, shapes: dict[str, tuple[int, ...]] = SHAPES) -> list[Block]:
-    return solve(System("layer", 3, rowsets, shapes))
+    return solve(System("layer", 3, rowsets, shapes)).blocks
 
 
 def columns(block: Block) -> list[tuple[str, list[int]]]:

@@ -1,0 +1,182 @@
+"""From what a step showed to its certificate: systems, decisions, fingerprints. Needs no graph, runs on any thread."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from .certificate import Block, Certificate, LayerReport, Verdict
+from .differences import RowSet
+from .findings import Findings
+from .records import OpRecord
+from .systems import Solved, System, solve
+
+LARGE = 256  # rows from which on a block is left undecided once another one is proved empty
+
+
+@dataclass(frozen=True, eq=False)
+class Prints:
+    """Everything a record's comparisons decided: shapes, touches, ties and their selected members."""
+
+    header: str
+    lists: tuple[torch.Tensor, ...]
+
+    @classmethod
+    def of(cls, record: OpRecord) -> Prints:
+        header = repr((record.relu, record.input_shape))
+        if record.ties is None:
+            return cls(header, (record.touches,))
+        lists = (record.touches, record.ties.windows, record.ties.members)
+        return cls(header + repr(record.ties.window), lists)
+
+    def digest(self) -> str:
+        """sha256."""
+        digest = hashlib.sha256(self.header.encode())
+        for values in self.lists:
+            digest.update(repr(tuple(values.shape)).encode())
+            digest.update(values.numpy().data)
+        return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class LayerFindings:
+    """One layer's report before its systems are decided; ``ops``: names of its records."""
+
+    name: str
+    ops: tuple[str, ...]
+    parameters: tuple[str, ...]
+    bias: str
+    rank: int
+    counts: dict[str, Any]
+
+
+def join(found: Iterable[Findings]) -> dict[str, Any]:
+    """Sums over the records of a layer, by the names of :class:`LayerReport`."""
+    found = tuple(found)
+    exemptions: Counter[str] = sum((item.exemptions for item in found), Counter())
+    counts = ("windows", "ties", "touches", "differing")
+    return {key: sum(getattr(item, key) for item in found) for key in counts} | {"exemptions": dict(+exemptions)}
+
+
+@dataclass(frozen=True, eq=False)
+class Observed:
+    """A step as the training thread hands it over; no tensor of it requires grad or shares memory with the graph.
+
+    ``failures``: of the audit, nothing can be concluded; ``doubts``: single decisions that are open. ``ranks``: of the
+    leaves that belong to a layer. ``empty``: blocks that are proved empty already, with a leaf of each.
+    """
+
+    failures: list[str]
+    doubts: list[str]
+    layers: tuple[LayerFindings, ...]
+    rowsets: list[RowSet]
+    ranks: dict[str, int]
+    empty: list[tuple[str, Block]]
+    shapes: dict[str, tuple[int, ...]]
+    strict: bool
+    assumptions: tuple[str, ...]
+    prints: dict[str, Prints]
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def nbytes(self) -> int:
+        """What holding it costs, in bytes: its rows and lists."""
+        tensors = [t for prints in self.prints.values() for t in prints.lists]
+        for rowset in self.rowsets:
+            for part in rowset.parts:
+                tensors += [t for t in (part.owner, part.group, part.plus, part.minus, part.radius) if t is not None]
+        return sum(t.numel() * t.element_size() for t in tensors)
+
+
+def conclude(step: Observed) -> Certificate:
+    """The step's certificate: UNDECIDED if the systems cannot be decided for whatever reason."""
+    start = time.perf_counter()
+    failures, solved = list(step.failures), {}
+    if not failures:
+        try:
+            solved = _solved(step)
+        except Exception as error:
+            failures.append(f"the systems could not be decided: {type(error).__name__}: {error}")
+    blocks = [block for system in solved.values() for block in system.blocks]
+    verdict, reasons = _verdict(failures, step.doubts, blocks)
+    scales = {name: step.ranks.get(name, 1) for name in step.shapes}
+    certificate = Certificate(
+        verdict=verdict,
+        reasons=reasons,
+        layers=tuple(_report(layer, solved) for layer in step.layers),
+        blocks=tuple(blocks),
+        system="paper" if step.strict else "lexicographic",
+        claim="bouligand" if verdict is Verdict.CERTIFIED else "",
+        shapes=step.shapes,
+        scales=scales,
+        assumptions=step.assumptions,
+        fingerprints={name: prints.digest() for name, prints in step.prints.items()},
+        seconds=dict(step.seconds),
+    )
+    certificate.seconds["solve"] = time.perf_counter() - start
+    return certificate
+
+
+def failed(step: Observed, reason: str) -> Certificate:
+    """The certificate of a step whose conclusion was lost: UNDECIDED, for this reason."""
+    return conclude(replace(step, failures=[*step.failures, reason], rowsets=[], prints={}, empty=[]))
+
+
+def _solved(step: Observed) -> dict[tuple[str, int], Solved]:
+    """Every (layer, rank) system's blocks."""
+    names = {leaf: layer.name for layer in step.layers for leaf in layer.parameters}
+    home = {op: layer.name for layer in step.layers for op in layer.ops}
+    systems: dict[tuple[str, int], list[RowSet]] = defaultdict(list)
+    for rowset in step.rowsets:
+        if rowset.parts:
+            leaf = rowset.parts[0].leaf
+            systems[names[leaf], step.ranks[leaf]].append(rowset)
+        else:
+            systems[home[rowset.op], 1].append(rowset)
+    known = {(names[leaf], step.ranks[leaf]): block for leaf, block in step.empty}
+    solved: dict[tuple[str, int], Solved] = {}
+    empty = bool(known)
+    for (layer, rank), members in sorted(systems.items(), key=lambda item: sum(rows.count for rows in item[1])):
+        system = System(layer, rank, members, {leaf: step.shapes[leaf] for leaf in names})
+        block = known.get((layer, rank))
+        if block is not None:
+            counted = solve(system, 0)
+            solved[layer, rank] = Solved([replace(block, layer=layer, rank=rank)], counted.rows, counted.count)
+            continue
+        solved[layer, rank] = solve(system, LARGE if empty else None)
+        empty = empty or any(block.proof for block in solved[layer, rank].blocks)
+    return {key: solved[key] for key in systems}
+
+
+def _verdict(failures: list[str], doubts: list[str], blocks: list[Block]) -> tuple[Verdict, list[str]]:
+    """Precedence: a failed audit, then a provably empty system, then any doubt."""
+    if failures:
+        return Verdict.UNDECIDED, failures
+    empty = [
+        f"the system of {block.layer} (rank {block.rank}) is empty: {block.reason}" for block in blocks if block.proof
+    ]
+    if empty:
+        return Verdict.UNCERTIFIED, list(dict.fromkeys(empty))
+    doubts = doubts + [f"{block.layer}: {block.reason}" for block in blocks if block.direction is None]
+    if doubts:
+        return Verdict.UNDECIDED, list(dict.fromkeys(doubts))
+    return Verdict.CERTIFIED, []
+
+
+def _report(layer: LayerFindings, solved: dict[tuple[str, int], Solved]) -> LayerReport:
+    mine = [system for (name, _), system in solved.items() if name == layer.name]
+    return LayerReport(
+        name=layer.name,
+        parameters=layer.parameters,
+        bias=layer.bias,
+        rank=layer.rank,
+        rows=sum(system.rows for system in mine),
+        blocks=sum(system.count for system in mine),
+        **layer.counts,
+    )

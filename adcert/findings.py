@@ -1,0 +1,84 @@
+"""What the decisions of one record come to, and what they are made with: plain records."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .bias import Bias
+from .differences import Differences, RowSet
+from .layers import Graph, Order
+from .records import OpRecord
+from .stages import Stages
+
+
+@dataclass(frozen=True, eq=False)
+class Ranks:
+    """Rank of every leaf: 2 i for layer i's weights, 2 i + 1 for the biases that are split off them."""
+
+    order: Order
+    of: dict[str, int]
+    bias: dict[OpRecord, Bias]
+
+
+@dataclass(frozen=True, eq=False)
+class Scope:
+    """What resolving a record needs: the graph, the ranks of its leaves, and the mode."""
+
+    graph: Graph
+    ranks: Ranks
+    strict: bool
+
+
+@dataclass(frozen=True, eq=False)
+class Pending:
+    """Differences of ``record``'s y that only a partial backward pass can settle.
+
+    ``uses``: of every decision that rests on one of them, its number; ``windows``: that decision's window, for ties.
+    ``stages``: set where :func:`adcert.ties.normalized_rows` can write their rows instead.
+    """
+
+    record: OpRecord
+    differences: Differences
+    rule: str
+    uses: Tensor
+    windows: Tensor | None
+    stages: Stages | None = None
+
+    def select(self, keep: Tensor) -> Pending:
+        """The differences of this mask, with the decisions that rest on them."""
+        mine = keep[self.uses]
+        windows = None if self.windows is None else self.windows[mine]
+        uses = (torch.cumsum(keep, 0) - 1)[self.uses[mine]]
+        return Pending(self.record, self.differences.select(keep), self.rule, uses, windows, self.stages)
+
+
+@dataclass(eq=False)
+class Findings:
+    """What the decisions of one record came to."""
+
+    windows: int = 0
+    ties: int = 0
+    touches: int = 0
+    exemptions: Counter[str] = field(default_factory=Counter)
+    rowsets: list[RowSet] = field(default_factory=list)
+    pending: list[Pending] = field(default_factory=list)
+    doubts: list[str] = field(default_factory=list)
+    open: list[Tensor] = field(default_factory=list)  # windows with a member that is not in T_j, in pieces
+    partial: int = 0  # differences that went through the partial backward engine, and the seconds they took
+    seconds: float = 0.0
+
+    @property
+    def differing(self) -> int:
+        """Number of windows whose S_j \\ T_j is nonempty, as far as it is known."""
+        return len(torch.unique(torch.cat(self.open))) if self.open else 0
+
+    def settle(self, pending: Pending, zero: Tensor) -> None:
+        """Take in which of the pending differences were proved to be zero."""
+        discharged = zero[pending.uses]
+        self.exemptions["zero gradient" if pending.rule == "touch" else "congruent"] += int(discharged.sum())
+        if pending.windows is not None:
+            self.open.append(pending.windows[~discharged])
