@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .audit import audit_graph
 from .certificate import Block
-from .conclusion import LARGE, LayerFindings, Observed, Prints, join
+from .conclusion import LARGE, LayerFindings, Observed, Prints
 from .decisions import decide_record
 from .differences import RowSet
 from .findings import Findings, Scope
@@ -173,9 +173,9 @@ class StepAnalysis:
             if rowset.parts:
                 systems[scope.ranks.of[rowset.parts[0].leaf]].append(rowset)
         for thoroughly in (False, True) if thorough else (False,):
-            for rank, members in systems.items():
+            for rank, members in sorted(systems.items(), key=lambda item: -sum(rows.count for rows in item[1])):
                 system = System(members[0].op, rank, members, shapes)
-                found = solve(system).blocks if thoroughly else [contradiction(system)]
+                found = solve(system, True).blocks if thoroughly else [contradiction(system)]
                 block = next((block for block in found if block is not None and block.proof is not None), None)
                 if block is not None:
                     self.empty.append((block.columns[0].parameter, block))
@@ -242,5 +242,5 @@ class StepAnalysis:
             parameters=leaves,
             bias=kinds.pop() if len(kinds) == 1 else "partial",
             rank=min((ranks.get(leaf, 1) for leaf in leaves if self.leaves.tensor(leaf).requires_grad), default=1),
-            counts=join(found),
+            found=tuple(found),
         )

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter, defaultdict
-from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,9 +14,9 @@ from .certificate import Block, Certificate, LayerReport, Verdict
 from .differences import RowSet
 from .findings import Findings
 from .records import OpRecord
-from .systems import Solved, System, solve
+from .systems import Solved, System, count_blocks, solve
 
-LARGE = 256  # rows from which on a block is left undecided once another one is proved empty
+LARGE = 256  # rows of a step from which on nothing more is decided once one block is proved empty
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,22 +45,21 @@ class Prints:
 
 @dataclass(frozen=True)
 class LayerFindings:
-    """One layer's report before its systems are decided; ``ops``: names of its records."""
+    """One layer's report before its systems are decided; ``ops``: names of its records, ``found``: their findings."""
 
     name: str
     ops: tuple[str, ...]
     parameters: tuple[str, ...]
     bias: str
     rank: int
-    counts: dict[str, Any]
+    found: tuple[Findings, ...]
 
-
-def join(found: Iterable[Findings]) -> dict[str, Any]:
-    """Sums over the records of a layer, by the names of :class:`LayerReport`."""
-    found = tuple(found)
-    exemptions: Counter[str] = sum((item.exemptions for item in found), Counter())
-    counts = ("windows", "ties", "touches", "differing")
-    return {key: sum(getattr(item, key) for item in found) for key in counts} | {"exemptions": dict(+exemptions)}
+    def counts(self) -> dict[str, Any]:
+        """Sums over the records, by the names of :class:`LayerReport`."""
+        exemptions: Counter[str] = sum((item.exemptions for item in self.found), Counter())
+        names = ("windows", "ties", "touches", "differing")
+        sums = {name: sum(getattr(item, name) for item in self.found) for name in names}
+        return sums | {"exemptions": dict(+exemptions)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +86,7 @@ class Observed:
     def nbytes(self) -> int:
         """What holding it costs, in bytes: its rows and lists."""
         tensors = [t for prints in self.prints.values() for t in prints.lists]
+        tensors += [t for layer in self.layers for found in layer.found for t in found.open]
         for rowset in self.rowsets:
             for part in rowset.parts:
                 tensors += [t for t in (part.owner, part.group, part.plus, part.minus, part.radius) if t is not None]
@@ -141,17 +140,21 @@ def _solved(step: Observed) -> dict[tuple[str, int], Solved]:
             systems[home[rowset.op], 1].append(rowset)
     known = {(names[leaf], step.ranks[leaf]): block for leaf, block in step.empty}
     solved: dict[tuple[str, int], Solved] = {}
-    empty = bool(known)
-    for (layer, rank), members in sorted(systems.items(), key=lambda item: sum(rows.count for rows in item[1])):
+    short = _size(step.rowsets) > LARGE  # then one empty block is enough, found where rows abound
+    for (layer, rank), members in sorted(systems.items(), key=lambda item: -_size(item[1]) if short else 0):
         system = System(layer, rank, members, {leaf: step.shapes[leaf] for leaf in names})
         block = known.get((layer, rank))
         if block is not None:
-            counted = solve(system, 0)
-            solved[layer, rank] = Solved([replace(block, layer=layer, rank=rank)], counted.rows, counted.count)
-            continue
-        solved[layer, rank] = solve(system, LARGE if empty else None)
-        empty = empty or any(block.proof for block in solved[layer, rank].blocks)
+            solved[layer, rank] = Solved([replace(block, layer=layer, rank=rank)], *count_blocks(system))
+        elif short and (known or any(done.empty for done in solved.values())):
+            solved[layer, rank] = Solved([], *count_blocks(system))
+        else:
+            solved[layer, rank] = solve(system, short)
     return {key: solved[key] for key in systems}
+
+
+def _size(rowsets: list[RowSet]) -> int:
+    return sum(rowset.count for rowset in rowsets)
 
 
 def _verdict(failures: list[str], doubts: list[str], blocks: list[Block]) -> tuple[Verdict, list[str]]:
@@ -178,5 +181,5 @@ def _report(layer: LayerFindings, solved: dict[tuple[str, int], Solved]) -> Laye
         rank=layer.rank,
         rows=sum(system.rows for system in mine),
         blocks=sum(system.count for system in mine),
-        **layer.counts,
+        **layer.counts(),
     )

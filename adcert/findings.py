@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .bias import Bias
-from .differences import Differences, RowSet
+from .differences import Differences, RowSet, unique_pairs
 from .layers import Graph, Order
 from .records import OpRecord
 from .stages import Stages
@@ -55,6 +56,12 @@ class Pending:
         uses = (torch.cumsum(keep, 0) - 1)[self.uses[mine]]
         return Pending(self.record, self.differences.select(keep), self.rule, uses, windows, self.stages)
 
+    def merged(self) -> Pending:
+        """Each difference once."""
+        places, inverse = unique_pairs(self.differences.plus, self.differences.minus)
+        distinct = Differences(places[:, 0], places[:, 1])
+        return Pending(self.record, distinct, self.rule, inverse[self.uses], self.windows, self.stages)
+
 
 @dataclass(eq=False)
 class Findings:
@@ -74,7 +81,7 @@ class Findings:
     @property
     def differing(self) -> int:
         """Number of windows whose S_j \\ T_j is nonempty, as far as it is known."""
-        return len(torch.unique(torch.cat(self.open))) if self.open else 0
+        return len(np.unique(torch.cat(self.open).numpy())) if self.open else 0
 
     def settle(self, pending: Pending, zero: Tensor) -> None:
         """Take in which of the pending differences were proved to be zero."""

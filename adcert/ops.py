@@ -377,7 +377,7 @@ def opposite_rows(plus: Tensor, minus: Tensor, group: Tensor) -> Tensor:
     makes both positive (Gordan), which the caller has to check.
 
     Args:
-        plus, minus: ``[K, n]``, both float32 or both float64.
+        plus, minus: ``[K, n]`` of one dtype: float32, float64, bfloat16 or float16.
         group: int64 ``[K]``.
 
     >>> opposite_rows(torch.eye(2), torch.tensor([[0.0, 1.0], [1.0, 0.0]]), torch.tensor([7, 7]))

@@ -24,6 +24,7 @@ def finish(scope: Scope, found: Findings) -> None:
     """Settle what is pending by partial backward passes, or leave a doubt."""
     for pending in found.pending:
         if pending.stages is not None:
+            pending = pending.merged()
             written = normalized_rows(scope, pending, found)
             found.settle(pending.select(written), torch.zeros(int(written.sum()), dtype=torch.bool))
             pending = pending.select(~written)

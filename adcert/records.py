@@ -118,29 +118,29 @@ class Recorder:
 
     def relu(self, x: Tensor, name: str, *, inplace: bool = False) -> Tensor:
         """``torch.relu`` (in place if asked), recording the units that touch the kink at 0."""
-        if not _differentiable(x):
-            return F.relu(x, inplace=inplace)
         with torch._C.DisableTorchFunction():
-            if inplace:
-                seen = ops.touches(x)
-                output, touches, nonfinite = torch.relu_(x), seen.touches, seen.nonfinite
-            else:
-                output, touches, nonfinite = ops.relu(x)
-        self._add(name, output, tuple(x.shape), True, None, touches, nonfinite)
-        return output
+            if _differentiable(x):
+                if inplace:
+                    seen = ops.touches(x)
+                    output, touches, nonfinite = torch.relu_(x), seen.touches, seen.nonfinite
+                else:
+                    output, touches, nonfinite = ops.relu(x)
+                self._add(name, output, tuple(x.shape), True, None, touches, nonfinite)
+                return output
+        return F.relu(x, inplace=inplace)
 
     def max_pool2d(self, x: Tensor, name: str, window: Window, *, ceil_mode: bool, relu: bool = False) -> Tensor:
         """``max_pool2d`` of ``x``, or of ``relu(x)``, recording touches and ties in the same pass."""
         geometry = window.kernel, window.stride, window.padding, window.dilation
-        if not _differentiable(x):
-            a = F.relu(x) if relu else x
-            output: Tensor = F.max_pool2d(a, *geometry, ceil_mode)
-            return output
         with torch._C.DisableTorchFunction():
-            result = ops.max_pool2d(x, *geometry, ceil_mode, relu=relu)
-        ties = Ties(result.windows, result.members, result.offsets, window)
-        self._add(name, result.output, tuple(x.shape), relu, ties, result.touches, result.nonfinite)
-        return result.output
+            if _differentiable(x):
+                result = ops.max_pool2d(x, *geometry, ceil_mode, relu=relu)
+                ties = Ties(result.windows, result.members, result.offsets, window)
+                self._add(name, result.output, tuple(x.shape), relu, ties, result.touches, result.nonfinite)
+                return result.output
+        a = F.relu(x) if relu else x
+        output: Tensor = F.max_pool2d(a, *geometry, ceil_mode)
+        return output
 
     def _add(
         self,
@@ -152,10 +152,10 @@ class Recorder:
         touches: Tensor,
         nonfinite: Tensor,
     ) -> None:
+        """Keep what was seen; the caller has switched the function mode off."""
         uses = self._uses[name] = self._uses.get(name, 0) + 1
         unique = name if uses == 1 else f"{name}#{uses}"
-        with torch._C.DisableTorchFunction():
-            kept = output.detach()
+        kept = output.detach()
         record = OpRecord(unique, output.grad_fn, relu, ties, touches, nonfinite, kept, output._version, shape)
         self.records.append(record)
 

@@ -35,31 +35,50 @@ class Solved:
     rows: int
     count: int
 
+    @property
+    def empty(self) -> bool:
+        """Some block is proved empty."""
+        return any(block.proof is not None for block in self.blocks)
 
-def solve(system: System, most: int | None = None) -> Solved:
+
+def solve(system: System, short: bool = False) -> Solved:
     """Cut a system into its blocks and decide each of them.
 
     Two (leaf, group) column sets belong to one block iff some row has entries in both: the system
-    splits exactly along these blocks. ``most``: leave larger blocks undecided, they are only counted.
+    splits exactly along these blocks. ``short``: begin with the largest block and decide none after one is proved
+    empty; the others are only counted.
     """
-    rows = sum(rowset.count for rowset in system.rowsets)
-    if rows == 0:
-        return Solved([], 0, 0)
+    offsets = _offsets(system)
+    labels = _labels(system, offsets)
+    order = np.argsort(labels, kind="stable")
+    cuts = np.flatnonzero(np.diff(labels[order])) + 1
+    members = [block for block in np.split(order, cuts) if len(block)]
+    if short:
+        members.sort(key=lambda block: -len(block))
+    blocks: list[Block] = []
+    rows = 0
+    for block in members:
+        if short and blocks and blocks[-1].proof is not None:
+            rows += len(block)
+        else:
+            blocks.append(_block(system, offsets, block))
+            rows += len(blocks[-1].rows)
+    return Solved(blocks, rows, len(members))
+
+
+def count_blocks(system: System) -> tuple[int, int]:
+    """Number of rows and of blocks, without deciding any."""
+    labels = _labels(system, _offsets(system))
+    return len(labels), len(np.unique(labels))
+
+
+def _offsets(system: System) -> dict[str, int]:
+    """Number of the first group of every leaf."""
     offsets, groups = {}, 0
     for leaf in dict.fromkeys(part.leaf for rowset in system.rowsets for part in rowset.parts):
         offsets[leaf] = groups
         groups += groups_of(system.shapes[leaf])[0]
-    labels = _components(system.rowsets, offsets, rows, groups)
-    blocks, left = [], 0
-    order = np.argsort(labels, kind="stable")
-    cuts = np.flatnonzero(np.diff(labels[order])) + 1
-    members = np.split(order, cuts)
-    for block in members:
-        if most is None or len(block) <= most:
-            blocks.append(_block(system, offsets, block))
-        else:
-            left += len(block)
-    return Solved(blocks, left + sum(len(block.rows) for block in blocks), len(members))
+    return offsets
 
 
 def contradiction(system: System) -> Block | None:
@@ -74,11 +93,12 @@ def contradiction(system: System) -> Block | None:
             if alone and groups_of(system.shapes[part.leaf])[1] > 1:
                 found[rowset.rule, part.leaf].append(part)
     for (rule, leaf), parts in found.items():
-        wide = any(part.plus.dtype == torch.float64 for part in parts)
-        dtype = torch.float64 if wide else torch.float32
-        plus = torch.cat([part.plus.to(dtype) for part in parts])
-        minus = torch.cat([part.minus.to(dtype) for part in parts])
-        group = torch.cat([part.group for part in parts])
+        plus, minus, group = parts[0].plus, parts[0].minus, parts[0].group
+        if len(parts) > 1:
+            dtypes = {part.plus.dtype for part in parts}
+            dtype = plus.dtype if len(dtypes) == 1 else torch.float64
+            plus, minus = (torch.cat([side.to(dtype) for side in sides]) for sides in _sides(parts))
+            group = torch.cat([part.group for part in parts])
         pair = ops.opposite_rows(plus, minus, group)
         if len(pair):
             start = int(group[pair[0]]) * plus.shape[1]
@@ -90,29 +110,32 @@ def contradiction(system: System) -> Block | None:
     return None
 
 
+def _sides(parts: list[Part]) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    return [part.plus for part in parts], [part.minus for part in parts]
+
+
 def _once(owner: np.ndarray, count: int) -> bool:
     """Every number below ``count`` appears exactly once."""
     return len(owner) == count and bool((np.bincount(owner, minlength=count) == 1).all())
 
 
-def _components(rowsets: Sequence[RowSet], offsets: dict[str, int], rows: int, groups: int) -> np.ndarray:
-    """Labels [rows] of the rows: equal iff they belong to one block."""
-    if all(len(rowset.parts) == 1 and _once(rowset.parts[0].owner.numpy(), rowset.count) for rowset in rowsets):
-        labels = np.empty(rows, np.int64)  # every row in one group
-        start = 0
-        for rowset in rowsets:
-            part = rowset.parts[0]
-            labels[part.owner.numpy() + start] = part.group.numpy() + offsets[part.leaf]
-            start += rowset.count
-        return labels
+def _labels(system: System, offsets: dict[str, int]) -> np.ndarray:
+    """int64 [rows]: equal iff the rows belong to one block."""
+    rows = sum(rowset.count for rowset in system.rowsets)
+    alone = all(len(rowset.parts) == 1 for rowset in system.rowsets)
+    if alone and all(_once(rowset.parts[0].owner.numpy(), rowset.count) for rowset in system.rowsets):
+        groups = [offsets[part.leaf] + part.group.numpy() for rowset in system.rowsets for part in rowset.parts]
+        owners = [part.owner.numpy() for rowset in system.rowsets for part in rowset.parts]
+        return np.concatenate([group[np.argsort(owner)] for group, owner in zip(groups, owners, strict=True)])
+    total = rows + sum(groups_of(system.shapes[leaf])[0] for leaf in offsets)
     left, right, start = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)], 0
-    for rowset in rowsets:
+    for rowset in system.rowsets:
         for part in rowset.parts:
             left.append(part.owner.numpy() + start)
             right.append(part.group.numpy() + offsets[part.leaf] + rows)
         start += rowset.count
     i, j = np.concatenate(left), np.concatenate(right)
-    graph = coo_matrix((np.ones(len(i), np.int8), (i, j)), shape=(rows + groups, rows + groups))
+    graph = coo_matrix((np.ones(len(i), np.int8), (i, j)), shape=(total, total))
     components: np.ndarray = connected_components(graph, directed=False)[1]
     return components[:rows]
 

@@ -41,8 +41,8 @@ def resolve(
         _exact_rows(scope, stages, weight, seen.chosen[rows], seen.other[rows], found)
     hard &= (seen.chosen >= 0) & (seen.other >= 0) & (_own_gamma(scope, stages) is not None)
     if bool(hard.any()):
-        distinct, uses = torch.unique(torch.stack([seen.chosen, seen.other], 1)[hard], dim=0, return_inverse=True)
-        differences = Differences(distinct[:, 0], distinct[:, 1])
+        differences = Differences(seen.chosen[hard], seen.other[hard])
+        uses = torch.arange(len(differences))
         found.pending.append(Pending(stages.base, differences, "tie", uses, seen.window[hard], stages))
     left = ~rows & ~hard
     return seen.window[left], Differences(seen.chosen[left], seen.other[left])

@@ -9,16 +9,16 @@ becomes UNDECIDED.
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterable
 from types import FunctionType
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakIdKeyDictionary
 
 from .layers import ACCUMULATE
 from .nn import pair
@@ -29,6 +29,11 @@ _VALUE_FREE = frozenset(
     """zeros_like ones_like empty_like rand_like randn_like randint_like new_zeros new_ones new_empty size
     dim numel stride is_contiguous is_floating_point retain_grad requires_grad_ __repr__ __format__ __len__
     __hash__""".split()
+)
+_GETTERS = frozenset(
+    getattr(Tensor, name).__get__
+    for name in """shape dtype device layout requires_grad is_leaf ndim itemsize nbytes grad_fn is_cuda is_cpu
+    is_sparse is_quantized is_meta is_mkldnn is_nested _version output_nr""".split()
 )
 _READS = frozenset(
     """item tolist numpy __bool__ __int__ __float__ __index__ __array__ __contains__ __dlpack__
@@ -55,6 +60,25 @@ _TRANSPARENT = frozenset(
 )
 
 OnRoot = Callable[[list[Tensor], Any, bool], None]
+Note = TypeVar("Note")
+
+
+class Notes(Generic[Note]):
+    """Notes about tensors, each as an object of its own; they keep no tensor alive."""
+
+    def __init__(self) -> None:
+        self._of: dict[int, tuple[weakref.ref[Tensor], Note]] = {}
+
+    def get(self, tensor: Tensor) -> Note | None:
+        found = self._of.get(id(tensor))
+        return found[1] if found is not None and found[0]() is tensor else None  # an id may come again
+
+    def set(self, tensor: Tensor, note: Note) -> None:
+        notes, key = self._of, id(tensor)
+        notes[key] = weakref.ref(tensor, lambda _: notes.pop(key, None)), note
+
+    def __bool__(self) -> bool:
+        return bool(self._of)
 
 
 class Watch(TorchFunctionMode):
@@ -73,10 +97,10 @@ class Watch(TorchFunctionMode):
         self.mixed: list[tuple[Node, str]] = []
         self.assumptions: dict[str, None] = {}
         self.problems: dict[str, None] = {}
-        self._hidden: WeakIdKeyDictionary = WeakIdKeyDictionary()
-        self._aliases: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._hidden: Notes[str] = Notes()
+        self._aliases: Notes[Tensor] = Notes()
         self._written: dict[int, tuple[Tensor, str]] = {}
-        self._versions: WeakIdKeyDictionary = WeakIdKeyDictionary()
+        self._versions: Notes[int] = Notes()
         self._leaves: dict[int, tuple[Tensor, int]] = {}
 
     def changed_leaf(self) -> Tensor | None:
@@ -91,6 +115,8 @@ class Watch(TorchFunctionMode):
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in _GETTERS:
+            return func(*args, **kwargs)
         if func in _BACKWARD:
             return self._backward(func, args, kwargs)
         call = _Call(self, func, args, kwargs)
@@ -140,7 +166,7 @@ class Watch(TorchFunctionMode):
 
     def source_of(self, tensor: Tensor) -> str | None:
         """Where a value that left the graph came from, if this tensor is one (or shares memory written with one)."""
-        found: str | None = self._hidden.get(tensor)  # type: ignore[no-untyped-call]
+        found = self._hidden.get(tensor)
         if found is None and self._written and not tensor.requires_grad:
             held = self._written.get(tensor.untyped_storage()._cdata)
             found = None if held is None else held[1]
@@ -177,7 +203,7 @@ class _Call:
             return
         if node is not None:
             self.inputs.add(node)
-            last = self.watch._versions.get(tensor)  # type: ignore[no-untyped-call]
+            last = self.watch._versions.get(tensor)
             if last is not None and last != version:
                 self.problem(f"a tensor of the graph was written to out of sight before {self.name}{caller()}")
 
@@ -202,7 +228,7 @@ class _Call:
         read = [tensor for tensor in self.tensors if not any(tensor is other for other in unread)]
         source = next((found for found in map(self.watch.source_of, read) if found), None)
         live = any(tensor.requires_grad for tensor in self.tensors)
-        alias = any(self.watch._aliases.get(tensor) is not None for tensor in self.tensors)  # type: ignore[no-untyped-call]
+        alias = bool(self.watch._aliases) and any(self.watch._aliases.get(t) is not None for t in self.tensors)
         if source is None and not live and not alias:
             return
         if self.name in _HOOKS:
@@ -214,7 +240,7 @@ class _Call:
             return
         self._check_writes()
         for tensor in unread:  # written without a new version
-            self.watch._hidden[tensor] = f"{self.name}{caller()}"
+            self.watch._hidden.set(tensor, f"{self.name}{caller()}")
         for tensor in outputs:
             if not tensor.requires_grad:
                 self._note_alias(tensor)
@@ -240,19 +266,19 @@ class _Call:
         for tensor, version in zip(self.tensors, self.versions, strict=True):
             if tensor._version == version and self.setter() != "data":
                 continue
-            base = self.watch._aliases.get(tensor)  # type: ignore[no-untyped-call]
+            base = self.watch._aliases.get(tensor)
             unused = base is not None and base.is_leaf and id(base) not in self.watch._leaves
             if (base is not None and not unused) or self.setter() == "data":
                 self.problem(f"{self.name}{caller()} changes a tensor of the graph through a detached alias")
             elif tensor.requires_grad and tensor.grad_fn is not None and tensor.grad_fn in self.inputs:
                 self.problem(f"{self.name}{caller()} changes a tensor of the graph without autograd (under no_grad)")
             elif not tensor.requires_grad:  # a buffer that holds a function of the parameters from now on
-                self.watch._hidden[tensor] = f"{self.name}{caller()}"
+                self.watch._hidden.set(tensor, f"{self.name}{caller()}")
 
     def _result(self, tensor: Tensor, source: str | None) -> None:
         watch = self.watch
         if tensor.requires_grad and tensor.grad_fn is not None:
-            watch._versions[tensor] = tensor._version
+            watch._versions.set(tensor, tensor._version)
             self._name_nodes(tensor.grad_fn)
             if source is not None:
                 message = f"{source} steers the differentiable {self.name}{caller()}"
@@ -266,7 +292,7 @@ class _Call:
             watch.assumptions[f"values computed under no_grad by {self.name}{caller()} are constants"] = None
         else:
             origin = source or f"{self.name}{caller()}"
-            watch._hidden[tensor] = origin
+            watch._hidden.set(tensor, origin)
             if self.in_place() or self.out:
                 watch._written[tensor.untyped_storage()._cdata] = (tensor, origin)
 
@@ -275,9 +301,9 @@ class _Call:
         aliases, memory = self.watch._aliases, tensor.untyped_storage()._cdata
         for given in self.tensors:
             if given is not tensor and given.untyped_storage()._cdata == memory:
-                known = aliases.get(given)  # type: ignore[no-untyped-call]
+                known = aliases.get(given)
                 if given.requires_grad or known is not None:
-                    aliases[tensor] = given if known is None else known
+                    aliases.set(tensor, given if known is None else known)
 
     def _opaque(self) -> bool:
         if isinstance(self.func, (OpOverload, OpOverloadPacket)):
@@ -287,12 +313,12 @@ class _Call:
 
     def _name_nodes(self, node: Node) -> None:
         """Every node between the result and what the call was given was made by this call."""
-        stack = [node]
+        stack, where = [node], f" ({self.name}{caller()})"
         while stack:
             node = stack.pop()
             if node is None or node in self.inputs or node in self.watch.made or node.name() == ACCUMULATE:
                 continue
-            self.watch.made[node] = f" ({self.name}{caller()})"
+            self.watch.made[node] = where
             stack += [source for source, _ in node.next_functions]
 
 

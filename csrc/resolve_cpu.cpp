@@ -149,14 +149,10 @@ class Walker {
   static bool equal_values_as(const Stage& s, int64_t n, int64_t g, int64_t p, int64_t q) {
     constexpr U sign = static_cast<U>(U{1} << (8 * sizeof(U) - 1));
     const Map& x = s.values;
-    const Window& w = s.patches.window;
     const int64_t plane = n * x.n + g * s.patches.channels * x.c;
     const auto differ = [](U a, U b) { return a != b && ((a | b) & static_cast<U>(~sign)) != 0; };
     if (s.patches.inside(p) && s.patches.inside(q)) {
-      const auto corner = [&](int64_t place) {
-        return plane + w.height.start(place / w.width.count) * x.h + w.width.start(place % w.width.count) * x.w;
-      };
-      const int64_t a = corner(p), b = corner(q);
+      const int64_t a = plane + s.patches.corner(p, x), b = plane + s.patches.corner(q, x);
       for (const int64_t reach : s.reach)
         if (differ(x.raw<U>(a + reach), x.raw<U>(b + reach))) return false;
       return true;

@@ -19,7 +19,14 @@ namespace adcert {
 namespace {
 
 template <class U>
-void copy_patch(const Map& x, const Patches& patches, int64_t plane, int64_t place, U* out) {
+void copy_patch(const Stage& s, int64_t plane, int64_t place, U* out) {
+  const Map& x = s.values;
+  const Patches& patches = s.patches;
+  if (patches.inside(place)) {
+    const int64_t corner = plane + patches.corner(place, x);
+    for (size_t i = 0; i < s.reach.size(); ++i) out[i] = x.raw<U>(corner + s.reach[i]);
+    return;
+  }
   const int64_t taps = patches.taps();
   for (int64_t k = 0; k < taps; ++k) {
     const int64_t at = patches.input(place, k);
@@ -29,8 +36,10 @@ void copy_patch(const Map& x, const Patches& patches, int64_t plane, int64_t pla
 }
 
 template <class U>
-void copy_patches(const Map& x, const Patches& patches, int64_t channels_out, const int64_t* units, int64_t count,
-                  U* out) {
+void copy_patches(const Stage& s, const int64_t* units, int64_t count, U* out) {
+  const Map& x = s.values;
+  const Patches& patches = s.patches;
+  const int64_t channels_out = s.channels_out;
   const int64_t places = patches.window.outputs(), size = patches.size();
   torch::stable::parallel_for(0, count, grain(size), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
@@ -41,7 +50,7 @@ void copy_patches(const Map& x, const Patches& patches, int64_t channels_out, co
       }
       const int64_t plane = units[i] / places, n = plane / channels_out;
       const int64_t g = plane % channels_out / (channels_out / patches.groups);
-      copy_patch(x, patches, n * x.n + g * patches.channels * x.c, units[i] % places, row);
+      copy_patch(s, n * x.n + g * patches.channels * x.c, units[i] % places, row);
     }
   });
 }
@@ -62,13 +71,13 @@ Tensor conv_patches(const Tensor& x, const Tensor& units, std::vector<int64_t> s
   Tensor out = empty(x, {count, s.patches.size()}, x.scalar_type(), false);
   switch (x.element_size()) {
     case 2:
-      copy_patches(s.values, s.patches, s.channels_out, index, count, static_cast<uint16_t*>(out.mutable_data_ptr()));
+      copy_patches(s, index, count, static_cast<uint16_t*>(out.mutable_data_ptr()));
       break;
     case 4:
-      copy_patches(s.values, s.patches, s.channels_out, index, count, static_cast<uint32_t*>(out.mutable_data_ptr()));
+      copy_patches(s, index, count, static_cast<uint32_t*>(out.mutable_data_ptr()));
       break;
     default:
-      copy_patches(s.values, s.patches, s.channels_out, index, count, static_cast<uint64_t*>(out.mutable_data_ptr()));
+      copy_patches(s, index, count, static_cast<uint64_t*>(out.mutable_data_ptr()));
   }
   return out;
 }
@@ -95,19 +104,30 @@ Tensor distinct_rows(const Tensor& rows) {
   check_matrix(rows, "distinct_rows");
   const int64_t count = rows.size(0), size = rows.size(1) * static_cast<int64_t>(rows.element_size());
   const auto* data = static_cast<const char*>(rows.const_data_ptr());
-  Memo<std::vector<int64_t>> seen{{}};
-  std::vector<int64_t> first;
+  Memo<int64_t> last(-1);  // row with this hash, the latest of several
+  std::vector<int64_t> first, earlier;
   for (int64_t i = 0; i < count; ++i) {
-    const uint64_t h = hash_bytes(data + i * size, size);
-    auto& same = seen.at(static_cast<int64_t>(h >> 1), static_cast<int64_t>(h & 1));
-    const auto equal = [&](int64_t j) {
-      return std::memcmp(data + i * size, data + j * size, static_cast<size_t>(size)) == 0;
-    };
-    if (std::any_of(same.begin(), same.end(), equal)) continue;
-    same.push_back(i);
+    const char* row = data + i * size;
+    const uint64_t h = hash_bytes(row, size);
+    int64_t& latest = last.at(static_cast<int64_t>(h >> 1), static_cast<int64_t>(h & 1));
+    int64_t k = latest;
+    while (k >= 0 && std::memcmp(row, data + first[k] * size, static_cast<size_t>(size)) != 0) k = earlier[k];
+    if (k >= 0) continue;
+    earlier.push_back(latest);
+    latest = static_cast<int64_t>(first.size());
     first.push_back(i);
   }
   return to_tensor(first, rows);
+}
+
+template <class T>
+double widen(T v) {
+  if constexpr (std::is_floating_point_v<T>)
+    return static_cast<double>(v);
+  else if constexpr (std::is_same_v<T, BFloat16>)
+    return Value<T>::widen(v);
+  else
+    return torch::headeronly::detail::fp16_ieee_to_fp32_value(bits(v));
 }
 
 // The first row that is the opposite of an earlier one of its group: [earlier, row], or [] if there is none.
@@ -115,15 +135,16 @@ template <class T>
 std::vector<int64_t> find_opposite(const T* plus, const T* minus, const int64_t* group, int64_t count, int64_t width) {
   Memo<std::array<int64_t, 2>> seen{{-1, -1}};  // of a line: its first row, and the first of the other sense
   const auto entry = [&](int64_t i, int64_t k) {
-    return static_cast<double>(plus[i * width + k]) - static_cast<double>(minus[i * width + k]) + 0.0;
+    return widen(plus[i * width + k]) - widen(minus[i * width + k]) + 0.0;
   };
   for (int64_t i = 0; i < count; ++i) {
     uint64_t h = static_cast<uint64_t>(group[i]);
     double sense = 0;
     for (int64_t k = 0; k < width; ++k) {
       const double v = entry(i, k);
-      if (sense == 0 && v != 0) sense = v > 0 ? 1 : -1;
-      h = mix(h ^ std::bit_cast<uint64_t>(sense < 0 ? 0.0 - v : v));
+      if (v == 0) continue;
+      if (sense == 0) sense = v > 0 ? 1 : -1;
+      h = mix(h ^ std::bit_cast<uint64_t>(sense * v) ^ static_cast<uint64_t>(k));
     }
     auto& line = seen.at(static_cast<int64_t>(h >> 1), static_cast<int64_t>(h & 1));
     const int64_t own = sense < 0, earlier = line[static_cast<size_t>(1 - own)];
@@ -144,14 +165,14 @@ Tensor opposite_rows(const Tensor& plus, const Tensor& minus, const Tensor& grou
                   "opposite_rows: plus and minus must be alike [K, n], group int64 [K]");
   const auto* groups = static_cast<const int64_t*>(group.const_data_ptr());
   const int64_t count = plus.size(0), width = plus.size(1);
-  const auto of = [&](auto zero) {
-    using T = decltype(zero);
-    return find_opposite(static_cast<const T*>(plus.const_data_ptr()), static_cast<const T*>(minus.const_data_ptr()),
-                         groups, count, width);
-  };
-  STD_TORCH_CHECK(plus.scalar_type() == ScalarType::Float || plus.scalar_type() == ScalarType::Double,
-                  "opposite_rows: expected float32 or float64");
-  return to_tensor(plus.scalar_type() == ScalarType::Float ? of(float{}) : of(double{}), group);
+  check_floating(plus, "opposite_rows");
+  return to_tensor(by_dtype(plus.scalar_type(),
+                            [&](auto zero) {
+                              using T = decltype(zero);
+                              return find_opposite(static_cast<const T*>(plus.const_data_ptr()),
+                                                   static_cast<const T*>(minus.const_data_ptr()), groups, count, width);
+                            }),
+                   group);
 }
 
 }  // namespace

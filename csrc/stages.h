@@ -83,6 +83,10 @@ struct Patches {
     const int64_t row = ah.cell(p / aw.count, k / aw.kernel), column = aw.cell(p % aw.count, k % aw.kernel);
     return row >= 0 && row < ah.size && column >= 0 && column < aw.size ? row * aw.size + column : kOff;
   }
+  // Element offset of the first tap of an output position inside a plane of `x`.
+  int64_t corner(int64_t p, const Map& x) const {
+    return window.height.start(p / window.width.count) * x.h + window.width.start(p % window.width.count) * x.w;
+  }
   bool inside(int64_t p) const {
     const Axis &ah = window.height, &aw = window.width;
     const int64_t oh = p / aw.count, ow = p % aw.count;
