@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from .. import convert, data, models
 from ..certificate import Verdict
-from ..monitor import Monitor
+from ..monitor import Monitor, Step
 
 LEARNING_RATE = 0.05
 MOMENTUM = 0.9
@@ -135,7 +135,9 @@ class Outcome:
 
 
 def run(job: Job, on_step: Callable[[Outcome, StepResult], None]) -> Outcome:
-    """Train, calling `on_step` after every step. An interrupt (Ctrl-C) ends the run after the current step.
+    """Train, calling `on_step` for every step. An interrupt (Ctrl-C) ends the run after the current step.
+
+    A step is shown once the next one has been trained, so that training does not wait for its verdict.
 
     SGD with momentum 0.9, weight decay 1e-4, learning rate 0.05 falling to 0 along a cosine.
     """
@@ -156,17 +158,21 @@ def run(job: Job, on_step: Callable[[Outcome, StepResult], None]) -> Outcome:
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, planned)
     monitor = None if job.plain else Monitor(model, log=job.log, strict=job.strict)
+    trained: deque[tuple[Step | None, StepResult]] = deque()
     with monitor or nullcontext():
         try:
             for number, (x, y) in enumerate(loader, 1):
-                result = _step(model, optimizer, monitor, x, y, number, job)
+                step, result = _step(model, optimizer, monitor, x, y, number)
                 schedule.step()
                 if number == planned or number % per_epoch == 0:
                     result = dataclasses.replace(result, test_accuracy=_accuracy(model, *images.test))
-                _collect(outcome, result)
-                on_step(outcome, result)
+                trained.append((step, result))
+                if len(trained) > 1:
+                    _show(outcome, *trained.popleft(), on_step)
         except KeyboardInterrupt:
             outcome.interrupted = True
+        while trained:
+            _show(outcome, *trained.popleft(), on_step)
     if monitor is not None:
         outcome.report = dataclasses.asdict(monitor.report())
     outcome.digest = digest(model)
@@ -180,8 +186,8 @@ def _step(
     x: Tensor,
     y: Tensor,
     number: int,
-    job: Job,
-) -> StepResult:
+) -> tuple[Step | None, StepResult]:
+    """Train one step; its result still lacks the monitor's summary."""
     start = time.perf_counter()
     optimizer.zero_grad()
     with monitor.step() if monitor else nullcontext() as step:
@@ -191,17 +197,23 @@ def _step(
     optimizer.step()
     seconds = time.perf_counter() - start
     correct = (output.detach().argmax(1) == y).float().mean().item()
-    if step is not None and job.certificates is not None:
+    return step, StepResult(number, loss.item(), correct, seconds, None, None)
+
+
+def _show(
+    outcome: Outcome, step: Step | None, result: StepResult, on_step: Callable[[Outcome, StepResult], None]
+) -> None:
+    """Wait for a step's verdict, keep its certificate if asked to, and hand the result on."""
+    job = outcome.job
+    if step is not None:
+        result = dataclasses.replace(result, summary=step.summary)
         certificate = step.certificate()
-        if not (job.only_failed and certificate.verdict is Verdict.CERTIFIED):
-            certificate.save(job.certificates / f"step-{number:06d}.adcert")
-    return StepResult(number, loss.item(), correct, seconds, step.summary if step else None, None)
-
-
-def _collect(outcome: Outcome, result: StepResult) -> None:
+        if job.certificates is not None and not (job.only_failed and certificate.verdict is Verdict.CERTIFIED):
+            certificate.save(job.certificates / f"step-{result.step:06d}.adcert")
     outcome.results.append(result)
     for layer in result.summary["layers"] if result.summary else ():
         outcome.layers.setdefault(layer["name"], LayerTotals()).add(layer)
+    on_step(outcome, result)
 
 
 def _accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
