@@ -14,7 +14,7 @@ from .certificate import Block, Certificate, LayerReport, Verdict
 from .differences import RowSet
 from .findings import Findings
 from .records import OpRecord
-from .systems import Solved, System, count_blocks, solve
+from .systems import Memory, Solved, System, count_blocks, solve
 
 LARGE = 256  # rows of a step from which on nothing more is decided once one block is proved empty
 
@@ -93,13 +93,16 @@ class Observed:
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
-def conclude(step: Observed) -> Certificate:
-    """The step's certificate: UNDECIDED if the systems cannot be decided for whatever reason."""
+def conclude(step: Observed, memory: Memory | None = None) -> Certificate:
+    """The step's certificate: UNDECIDED if the systems cannot be decided for whatever reason.
+
+    ``memory``: directions of earlier steps, tried first where a block is large.
+    """
     start = time.perf_counter()
     failures, solved = list(step.failures), {}
     if not failures:
         try:
-            solved = _solved(step)
+            solved = _solved(step, memory)
         except Exception as error:
             failures.append(f"the systems could not be decided: {type(error).__name__}: {error}")
     blocks = [block for system in solved.values() for block in system.blocks]
@@ -127,7 +130,7 @@ def failed(step: Observed, reason: str) -> Certificate:
     return conclude(replace(step, failures=[*step.failures, reason], rowsets=[], prints={}, empty=[]))
 
 
-def _solved(step: Observed) -> dict[tuple[str, int], Solved]:
+def _solved(step: Observed, memory: Memory | None) -> dict[tuple[str, int], Solved]:
     """Every (layer, rank) system's blocks."""
     names = {leaf: layer.name for layer in step.layers for leaf in layer.parameters}
     home = {op: layer.name for layer in step.layers for op in layer.ops}
@@ -149,7 +152,7 @@ def _solved(step: Observed) -> dict[tuple[str, int], Solved]:
         elif short and (known or any(done.empty for done in solved.values())):
             solved[layer, rank] = Solved([], *count_blocks(system))
         else:
-            solved[layer, rank] = solve(system, short)
+            solved[layer, rank] = solve(system, short, memory)
     return {key: solved[key] for key in systems}
 
 

@@ -22,6 +22,7 @@ from .certificate import Certificate, Verdict
 from .conclusion import Observed, conclude, failed
 from .errors import AdcertError, UncertifiedError
 from .records import Recorder
+from .systems import Memory
 from .watch import Watch
 from .worker import Bounds, Desk
 
@@ -224,6 +225,7 @@ class Monitor:
         self._seconds: dict[str, float] = defaultdict(float)
         self._reasons: Counter[str] = Counter()
         self._layers: dict[str, Counter[str]] = {}
+        self._memory = Memory()
         self._desk: Desk[tuple[Step, Observed]] = Desk(self._conclude, self._lost, Bounds(queue, _QUEUE_BYTES))
 
     def __enter__(self) -> Monitor:
@@ -289,7 +291,7 @@ class Monitor:
 
     def _conclude(self, job: tuple[Step, Observed]) -> None:
         step, observed = job
-        self._account(step, conclude(observed))
+        self._account(step, conclude(observed, self._memory))
 
     def _lost(self, job: tuple[Step, Observed], reason: str) -> None:
         step, observed = job

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -15,6 +15,9 @@ from . import ops
 from .certificate import Block, Column
 from .differences import Part, RowSet, groups_of
 from .feasibility import Decision, Proof, decide
+
+_REMEMBERED = 32  # rows from which on a block's direction is worth keeping for the next step
+_BLOCKS = 256  # directions kept
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,12 +44,30 @@ class Solved:
         return any(block.proof is not None for block in self.blocks)
 
 
-def solve(system: System, short: bool = False) -> Solved:
+class Memory:
+    """Directions of the last large blocks: what a block of the next step tries first. Bounded; holds no tensor."""
+
+    def __init__(self) -> None:
+        self._directions: OrderedDict[tuple[object, ...], tuple[int, ...]] = OrderedDict()
+
+    def recall(self, key: tuple[object, ...]) -> tuple[int, ...] | None:
+        return self._directions.get(key)
+
+    def keep(self, key: tuple[object, ...], block: Block) -> None:
+        """Small blocks are decided faster than they are looked up."""
+        if block.direction is not None and len(block.rows) >= _REMEMBERED:
+            self._directions[key] = block.direction
+            self._directions.move_to_end(key)
+            if len(self._directions) > _BLOCKS:
+                self._directions.popitem(last=False)
+
+
+def solve(system: System, short: bool = False, memory: Memory | None = None) -> Solved:
     """Cut a system into its blocks and decide each of them.
 
     Two (leaf, group) column sets belong to one block iff some row has entries in both: the system
     splits exactly along these blocks. ``short``: begin with the largest block and decide none after one is proved
-    empty; the others are only counted.
+    empty; the others are only counted. ``memory``: of earlier steps.
     """
     offsets = _offsets(system)
     labels = _labels(system, offsets)
@@ -61,7 +82,7 @@ def solve(system: System, short: bool = False) -> Solved:
         if short and blocks and blocks[-1].proof is not None:
             rows += len(block)
         else:
-            blocks.append(_block(system, offsets, block))
+            blocks.append(_block(system, offsets, block, memory))
             rows += len(blocks[-1].rows)
     return Solved(blocks, rows, len(members))
 
@@ -122,7 +143,7 @@ def _once(owner: np.ndarray, count: int) -> bool:
 def _labels(system: System, offsets: dict[str, int]) -> np.ndarray:
     """int64 [rows]: equal iff the rows belong to one block."""
     rows = sum(rowset.count for rowset in system.rowsets)
-    alone = all(len(rowset.parts) == 1 for rowset in system.rowsets)
+    alone = rows > 0 and all(len(rowset.parts) == 1 for rowset in system.rowsets)
     if alone and all(_once(rowset.parts[0].owner.numpy(), rowset.count) for rowset in system.rowsets):
         groups = [offsets[part.leaf] + part.group.numpy() for rowset in system.rowsets for part in rowset.parts]
         owners = [part.owner.numpy() for rowset in system.rowsets for part in rowset.parts]
@@ -140,7 +161,7 @@ def _labels(system: System, offsets: dict[str, int]) -> np.ndarray:
     return components[:rows]
 
 
-def _block(system: System, offsets: dict[str, int], members: np.ndarray) -> Block:
+def _block(system: System, offsets: dict[str, int], members: np.ndarray, memory: Memory | None) -> Block:
     """Fill the matrices of one block from the parts of its rows and decide it."""
     place = {}
     pieces: list[tuple[Part, np.ndarray, np.ndarray]] = []
@@ -178,7 +199,7 @@ def _block(system: System, offsets: dict[str, int], members: np.ndarray) -> Bloc
         minus[index] += part.minus[taken].to(torch.float64).numpy()
         if radius is not None and part.radius is not None:
             radius[index] += part.radius[taken].numpy()
-    return _decided(system, tuple(columns), plus, minus, radius, rules)
+    return _decided(system, tuple(columns), plus, minus, radius, rules, memory)
 
 
 def _decided(
@@ -188,6 +209,7 @@ def _decided(
     minus: np.ndarray,
     radius: np.ndarray | None,
     rules: list[str],
+    memory: Memory | None = None,
 ) -> Block:
     """Drop repeated rows, decide, and keep only what the answer rests on."""
     stacked = np.concatenate([plus, minus] if radius is None else [plus, minus, radius], axis=1)
@@ -196,14 +218,15 @@ def _decided(
     radius = None if radius is None else radius[first]
     names = tuple(rules[i] for i in first)
     subtracted = minus if minus.any() else None
-    answer: Decision = decide(plus, subtracted, radius)
+    key = (system.layer, system.rank, *((column.parameter, int(column.indices[0])) for column in columns))
+    answer: Decision = decide(plus, subtracted, radius, warm=memory.recall(key) if memory else None)
     proof = answer.proof
     if proof is not None:  # the other rows do not matter any more
         rest = list(proof.rows)
         plus, subtracted = plus[rest], None if subtracted is None else subtracted[rest]
         radius, names = None if radius is None else radius[rest], tuple(names[i] for i in rest)
         proof = Proof(tuple(range(len(rest))), proof.weights)
-    return Block(
+    block = Block(
         layer=system.layer,
         rank=system.rank,
         columns=columns,
@@ -215,3 +238,6 @@ def _decided(
         proof=proof,
         reason=answer.reason,
     )
+    if memory is not None:
+        memory.keep(key, block)
+    return block

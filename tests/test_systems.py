@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -16,7 +17,7 @@ import adcert
 from adcert.certificate import Block
 from adcert.differences import Part, RowSet
 from adcert.feasibility import check_direction, check_proof
-from adcert.systems import System, solve
+from adcert.systems import Memory, System, contradiction, count_blocks, solve
 
 SHAPES = {"w": (2, 1, 1, 2), "v": (3,)}  # two filters of two entries; three single entries
 
@@ -235,3 +236,65 @@ def test_a_certified_step_has_one_block_for_each_filter_that_ties(samples: int):
     (block,) = certificate.blocks  # only the zero filter ties: its four patches differ
     assert columns(block) == [("0.weight", [4, 5, 6, 7])]
     assert len(block.rows) == 3
+
+
+# ---- where rows abound ---------------------------------------------------------------------------
+
+
+def test_the_direction_of_a_large_block_is_tried_first_in_the_next_step():
+    memory = Memory()
+    rows = [[math.cos(i / 20), math.sin(i / 20)] for i in range(-10, 40)]  # no column has one sign
+    many = list(range(50))
+    system = System("layer", 3, [rowset(50, part("w", many, [0] * 50, rows))], SHAPES)
+    (first,) = solve(system, memory=memory).blocks
+    (second,) = solve(system, memory=memory).blocks
+    assert first.reason != "warm direction"
+    assert second.reason == "warm direction"
+    assert second.direction == first.direction
+    (other,) = solve(System("another", 3, system.rowsets, SHAPES), memory=memory).blocks
+    assert other.reason == first.reason
+    turned = System("layer", 3, [rowset(50, part("w", many, [0] * 50, [[-a, -b] for a, b in rows]))], SHAPES)
+    (opposite,) = solve(turned, memory=memory).blocks
+    assert check_direction(opposite.rows, opposite.direction)
+
+
+def test_short_stops_at_the_first_empty_block_and_counts_the_others():
+    entries = part("w", [0, 1, 2, 3, 4], [0, 1, 1, 1, 0], [[1, 0], [1, 0], [0, 1], [-1, 0], [0, 1]])
+    system = System("layer", 3, [rowset(5, entries)], SHAPES)
+    short, full = solve(system, True), solve(system)
+    assert [columns(block) for block in short.blocks] == [[("w", [2, 3])]]
+    assert short.empty
+    assert full.empty
+    assert (len(full.blocks), full.count, short.count) == (2, 2, 2)
+    assert count_blocks(system) == (5, 2)
+
+
+def test_a_contradiction_is_seen_without_any_program():
+    entries = part("w", [0, 1, 2], [0, 1, 1], [[1, 0], [1, 2], [0, 0]], [[0, 0], [0, 0], [1, 2]])
+    block = contradiction(System("layer", 3, [rowset(3, entries)], SHAPES))
+    assert block is not None
+    assert block.proof is not None
+    assert columns(block) == [("w", [2, 3])]
+    assert check_proof(block.rows, block.proof, block.minus)
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        part("w", [0, 1], [0, 1], [[1, 2], [-1, -2]]),  # another filter
+        part("w", [0, 1], [0, 0], [[1, 2], [-1, -2.5]]),
+        part("w", [0, 1], [0, 0], [[1, 2], [-1, -2]], radius=[[0, 0], [0, 0.5]]),  # rounded rows prove nothing
+        part("w", [0, 0], [0, 0], [[1, 2], [-1, -2]]),  # two entries of one row
+        part("v", [0, 1], [0, 0], [[1], [-1]]),  # single entries: left to the systems
+    ],
+)
+def test_no_contradiction_where_there_is_none(entries: Part):
+    assert contradiction(System("layer", 3, [rowset(2, entries)], SHAPES)) is None
+
+
+def test_contradictions_across_row_sets_of_different_dtypes():
+    one, other = part("w", [0], [0], [[1, 2]]), part("w", [0], [0], [[-1, -2]])
+    other = Part("w", other.owner, other.group, other.plus.bfloat16(), other.minus.bfloat16())
+    block = contradiction(System("layer", 3, [rowset(1, one), rowset(1, other)], SHAPES))
+    assert block is not None
+    assert block.proof is not None

@@ -187,7 +187,7 @@ def steps(monitor: adcert.Monitor, model: nn.Module, count: int) -> list[driver.
 def slow(seconds: float):
     conclude = driver.conclude
 
-    def run(observed: Observed) -> Certificate:
+    def run(observed: Observed, memory: object) -> Certificate:
         time.sleep(seconds)
         return conclude(observed)
 
@@ -229,7 +229,7 @@ def test_raise_waits_for_the_verdict(monkeypatch: pytest.MonkeyPatch):
 def test_a_worker_that_fails_makes_the_step_undecided(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     conclude, calls = driver.conclude, []
 
-    def second_fails(observed: Observed) -> Certificate:
+    def second_fails(observed: Observed, memory: object) -> Certificate:
         calls.append(observed)
         if len(calls) == 2:
             raise MemoryError("no room")
@@ -262,7 +262,7 @@ def test_the_log_is_complete_when_the_program_ends_without_close(tmp_path: Path)
 import sys, time, torch, adcert
 from adcert import monitor
 conclude = monitor.conclude
-monitor.conclude = lambda observed: (time.sleep(0.2), conclude(observed))[1]
+monitor.conclude = lambda observed, memory: (time.sleep(0.2), conclude(observed))[1]
 w = torch.nn.Parameter(torch.ones(1))
 m = adcert.Monitor(torch.nn.ParameterList([w]), log={str(tmp_path / "log")!r}).__enter__()
 for _ in range(3):
