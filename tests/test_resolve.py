@@ -206,8 +206,13 @@ def random_model(seed: int) -> tuple[nn.Module, Tensor]:
             norm.train(pick(True, False))
             layers.append(norm)
         relu, pool = nn.ReLU(inplace=pick(True, False)), nn.MaxPool2d(pick(2, 3), pick(1, 2), padding=pick(0, 1))
+        size = size + 2 * int(conv.padding[0]) - conv.kernel_size[0] + 1
         layers += pick([relu, pool], [relu, nn.Identity(), pool], [pool, relu], [pool], [relu])  # fused, apart, ...
+        if isinstance(layers[-1], nn.MaxPool2d) or pool in layers[-3:]:
+            size = (size + 2 * pool.padding - pool.kernel_size) // pool.stride + 1
         channels = out
+        if size < 5:
+            break
     return adcert.convert(nn.Sequential(*layers).double()), x
 
 
