@@ -11,7 +11,7 @@ import contextlib
 import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -67,8 +67,8 @@ class OpRecord:
 
     ``relu``: rho is the ReLU (proxy 0 at its kink), else the identity. ``ties`` is None when phi is the identity.
     ``node`` is the autograd node of the output; its first input edge leads to y. ``touches``: int64 [M], flat
-    indices of y with ``y == 0``. ``output`` shares its memory with z, at version ``version``; it is let go when the
-    graph's last backward pass starts.
+    indices of y with ``y == 0``. ``output`` shares its memory with z, at version ``version``, or with relu(z) if a
+    recorded ReLU has overwritten it: only its sign may be read. It is let go when the last backward pass starts.
     """
 
     name: str
@@ -100,10 +100,19 @@ class OpRecord:
         return bool(self.output._version != self.version)
 
 
+class Witness(Protocol):
+    """Who has to know that a recorded operation reads or overwrites a tensor, out of the function mode's sight."""
+
+    def reads(self, tensor: Tensor, name: str) -> None: ...
+
+    def wrote(self, tensor: Tensor) -> None: ...
+
+
 class Recorder:
     """Collects the records of one step. Not thread-safe: one recorder belongs to one thread."""
 
     def __init__(self, names: dict[int, str] | None = None) -> None:
+        self.witness: Witness | None = None
         self.records: list[OpRecord] = []
         self._names = names or {}
         self._uses: dict[str, int] = {}
@@ -120,11 +129,8 @@ class Recorder:
         """``torch.relu`` (in place if asked), recording the units that touch the kink at 0."""
         with torch._C.DisableTorchFunction():
             if _differentiable(x):
-                if inplace:
-                    seen = ops.touches(x)
-                    output, touches, nonfinite = torch.relu_(x), seen.touches, seen.nonfinite
-                else:
-                    output, touches, nonfinite = ops.relu(x)
+                self._read(x, name)
+                output, touches, nonfinite = self._relu_in_place(x) if inplace else ops.relu(x)
                 self._add(name, output, tuple(x.shape), True, None, touches, nonfinite)
                 return output
         return F.relu(x, inplace=inplace)
@@ -134,6 +140,7 @@ class Recorder:
         geometry = window.kernel, window.stride, window.padding, window.dilation
         with torch._C.DisableTorchFunction():
             if _differentiable(x):
+                self._read(x, name)
                 result = ops.max_pool2d(x, *geometry, ceil_mode, relu=relu)
                 ties = Ties(result.windows, result.members, result.offsets, window)
                 self._add(name, result.output, tuple(x.shape), relu, ties, result.touches, result.nonfinite)
@@ -141,6 +148,24 @@ class Recorder:
         a = F.relu(x) if relu else x
         output: Tensor = F.max_pool2d(a, *geometry, ceil_mode)
         return output
+
+    def _read(self, x: Tensor, name: str) -> None:
+        if self.witness is not None:
+            self.witness.reads(x, name)
+
+    def _relu_in_place(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Read the touches, then overwrite ``x``: no second activation is held.
+
+        Where ``x`` is the output of a recorded operation, that record reads nothing of it but the sign, which stays.
+        """
+        before = [record for record in self.records if record.node is x.grad_fn and not record.altered()]
+        seen = ops.touches(x)
+        output = torch.relu_(x)
+        for record in before:
+            record.version = output._version
+        if self.witness is not None:
+            self.witness.wrote(output)
+        return output, seen.touches, seen.nonfinite
 
     def _add(
         self,

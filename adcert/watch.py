@@ -102,6 +102,7 @@ class Watch(TorchFunctionMode):
         self._written: dict[int, tuple[Tensor, str]] = {}
         self._versions: Notes[int] = Notes()
         self._leaves: dict[int, tuple[Tensor, int]] = {}
+        recorder.witness = self
 
     def changed_leaf(self) -> Tensor | None:
         """A leaf that was written to after its first use in the step, or None."""
@@ -130,6 +131,16 @@ class Watch(TorchFunctionMode):
         except RuntimeError as error:  # autograd refuses to tell about some views; the user's program may go on
             call.problem(f"{call.name}{caller()} cannot be followed: {error}")
         return iter(output) if call.name in ("__iter__", "__reversed__") else output
+
+    def reads(self, tensor: Tensor, name: str) -> None:
+        """A recorded operation is about to read a tensor of the graph."""
+        last = self._versions.get(tensor)
+        if last is not None and last != tensor._version:
+            self.problems[f"a tensor of the graph was written to out of sight before {name}{caller()}"] = None
+
+    def wrote(self, tensor: Tensor) -> None:
+        """A recorded operation has overwritten a tensor, and autograd knows."""
+        self._versions.set(tensor, tensor._version)
 
     def _recorded(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Functional ReLU and max pooling go to the recorder; None if the call is something else."""

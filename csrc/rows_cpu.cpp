@@ -138,13 +138,13 @@ std::vector<int64_t> find_opposite(const T* plus, const T* minus, const int64_t*
     return widen(plus[i * width + k]) - widen(minus[i * width + k]) + 0.0;
   };
   for (int64_t i = 0; i < count; ++i) {
-    uint64_t h = static_cast<uint64_t>(group[i]);
+    uint64_t h = mix(static_cast<uint64_t>(group[i]) + 1);
     double sense = 0;
     for (int64_t k = 0; k < width; ++k) {
       const double v = entry(i, k);
       if (v == 0) continue;
       if (sense == 0) sense = v > 0 ? 1 : -1;
-      h = mix(h ^ std::bit_cast<uint64_t>(sense * v) ^ static_cast<uint64_t>(k));
+      h = mix(mix(h + static_cast<uint64_t>(k)) ^ std::bit_cast<uint64_t>(sense * v));
     }
     auto& line = seen.at(static_cast<int64_t>(h >> 1), static_cast<int64_t>(h & 1));
     const int64_t own = sense < 0, earlier = line[static_cast<size_t>(1 - own)];

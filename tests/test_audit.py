@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -374,3 +375,65 @@ def test_clipping_weights_before_their_first_use_is_harmless() -> None:
         return 2 * w
 
     assert verdict(clipped, -1.0).verdict is Verdict.CERTIFIED
+
+
+# ---- in-place ReLU -------------------------------------------------------------------------------
+
+
+IN_PLACE: dict[str, Callable[[], nn.Sequential]] = {
+    "after a convolution": lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(inplace=True), nn.Conv2d(2, 2, 3)),
+    "after a normalisation, pooled": lambda: nn.Sequential(
+        nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(inplace=True), nn.Identity(), nn.MaxPool2d(2), nn.Conv2d(2, 2, 1)
+    ),
+    "after a pooling": lambda: nn.Sequential(nn.Conv2d(1, 2, 3), nn.MaxPool2d(2), nn.ReLU(inplace=True), nn.Flatten()),
+}
+
+
+@pytest.mark.parametrize("name", IN_PLACE)
+def test_in_place_modules_are_decided_as_the_others(name: str) -> None:
+    torch.manual_seed(0)
+    model = IN_PLACE[name]().double()
+    for parameter in model.parameters():
+        parameter.data = torch.randint(-1, 2, parameter.shape).double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.ones_(module.weight)
+    x = torch.randint(0, 3, (2, 1, 8, 8)).double()
+    apart = copy.deepcopy(model)
+    for module in apart.modules():
+        if isinstance(module, nn.ReLU):
+            module.inplace = False
+    seen = []
+    for each in (model, apart):
+        adcert.convert(each)
+        certificate = certify(lambda each=each: each(x).sum(), each)
+        certificate.verify()
+        assert not any("place" in reason or "out of sight" in reason for reason in certificate.reasons)
+        counts = [(layer.ties, layer.touches, layer.differing, layer.rows) for layer in certificate.layers]
+        seen.append((certificate.verdict, counts, certificate.fingerprints))
+    assert seen[0] == seen[1]
+    assert sum(ties + touches for ties, touches, *_ in seen[0][1]) > 0
+
+
+def test_a_write_out_of_sight_is_not_forgotten_by_an_in_place_relu() -> None:
+    def before(w: Tensor) -> Tensor:
+        h = 2 * w
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            h.detach().mul_(3)
+        return torch.nn.functional.relu(h, inplace=True)
+
+    certificate = verdict(before, 1.0)
+    assert certificate.verdict is Verdict.UNDECIDED
+    assert any("out of sight" in reason for reason in certificate.reasons)
+
+
+def test_a_module_that_writes_in_place_into_a_view_is_undecided() -> None:
+    model = adcert.convert(nn.Sequential(nn.ReLU(inplace=True)))
+    w = nn.Parameter(torch.tensor([1.0, -1.0, 0.0]))
+
+    def loss() -> Tensor:
+        h = 2 * w
+        model(h[:2])
+        return h.sum()
+
+    assert certify(loss, nn.ParameterList([w])).verdict is Verdict.UNDECIDED
