@@ -48,8 +48,8 @@ def peak_tensors(run: Any) -> int:
     return max(event["args"]["Total Allocated"] for event in events if event.get("name") == "[memory]")
 
 
-def measure(case: Case, monitored: bool) -> dict[str, int]:
-    """Train a few steps in this process and tell its peaks in bytes."""
+def measure(case: Case, monitored: bool) -> dict[str, dict[str, int]]:
+    """Train a few steps in this process and tell its peaks in bytes, and what came of the steps."""
     model = case.build()
     monitor = adcert.Monitor(adcert.convert(model)) if monitored else None
     step = trainer(model, monitor, case.low)
@@ -62,10 +62,13 @@ def measure(case: Case, monitored: bool) -> dict[str, int]:
             break
     getattr(monitor, "flush", lambda: None)()
     rss = peak_rss()
-    return {"base": base, "rss": rss, "tensors": peak_tensors(lambda: step(*batches[-1]))}
+    tensors = peak_tensors(lambda: step(*batches[-1]))
+    report = monitor.report() if monitor else None
+    verdicts = {key: getattr(report, key) for key in ("certified", "uncertified", "undecided")} if report else {}
+    return {"peaks": {"base": base, "rss": rss, "tensors": tensors}, "verdicts": verdicts}
 
 
-def in_new_process(case: Case, monitored: bool) -> dict[str, int]:
+def in_new_process(case: Case, monitored: bool) -> dict[str, dict[str, int]]:
     command = [sys.executable, __file__, json.dumps([vars(case), monitored])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
@@ -74,19 +77,19 @@ def in_new_process(case: Case, monitored: bool) -> dict[str, int]:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_peak_memory(benchmark: Any, case: Case) -> None:
-    found: dict[str, dict[str, int]] = {}
+    found: dict[str, dict[str, dict[str, int]]] = {}
 
     def both() -> None:
         for kind in ("plain", "certified"):
             found[kind] = in_new_process(case, kind == "certified")
 
     benchmark.pedantic(both, rounds=1)
-    benchmark.extra_info |= vars(case)
-    for kind, peaks in found.items():
-        benchmark.extra_info |= {f"{kind}_{key}_mib": round(value / MIB, 1) for key, value in peaks.items()}
+    benchmark.extra_info |= vars(case) | found["certified"]["verdicts"]
+    plain, certified = found["plain"]["peaks"], found["certified"]["peaks"]
+    for key in plain:
+        benchmark.extra_info |= {f"{kind}_{key}_mib": round(found[kind]["peaks"][key] / MIB, 1) for kind in found}
     for key in ("rss", "tensors"):
-        added = found["certified"][key] / found["plain"][key] - 1
-        benchmark.extra_info[f"added_{key}_percent"] = round(100 * added, 1)
+        benchmark.extra_info[f"added_{key}_percent"] = round(100 * (certified[key] / plain[key] - 1), 1)
 
 
 if __name__ == "__main__":
