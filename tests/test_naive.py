@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import doctest
 
 import naive
 import pytest
@@ -131,3 +132,7 @@ def test_batch_normalisation_keeps_the_batch_together() -> None:
     x[1] = 0.5
     (layer,) = checked(model, x)
     assert layer.windows > 0 and layer.settled == layer.pairs
+
+
+def test_examples() -> None:
+    assert doctest.testmod(naive).attempted > 0 and doctest.testmod(naive).failed == 0
