@@ -145,7 +145,7 @@ def seconds(value: float) -> str:
 
 
 STEPS = """\
-**Time of a step**, batch 128 of photographs, pairs in turn in one process: median ratio (quartiles). The column after it
+**Time of a step**, batch 128 of photographs, pairs in turn in one process: median ratio (quartiles). The next column
 pays for deferred work too: consecutive certified steps up to the last verdict, over plain ones. The naive step is
 Algorithm 2 written down directly (`benchmarks/naive.py`)."""
 SECTIONS = (
