@@ -22,8 +22,12 @@ lint: setup
 	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
 	$(BIN)/mypy
 
+# Saved only when all of it ran; then rendered into README.md.
 bench: build
-	$(BIN)/python -m pytest benchmarks --benchmark-only
+	mkdir -p build benchmarks/results
+	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-json=build/cpu.json
+	mv build/cpu.json benchmarks/results/cpu.json
+	$(BIN)/python benchmarks/render.py benchmarks/results/cpu.json --write README.md
 
 # Campaigns: the hypothesis tests with many more cases, and the tests marked fuzz.
 fuzz: build

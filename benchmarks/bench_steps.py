@@ -1,77 +1,56 @@
-"""Certified step / plain step: two copies of one model train in turn, the ratio is taken pair by pair.
+"""Certified, plain and naive training steps, in turn in one process; the ratios are taken pair by pair.
 
     pytest benchmarks/bench_steps.py --benchmark-only
 
-The benchmark's own figure is a pair of steps; ``extra_info`` holds the plain step and the median ratio of the pairs.
+The benchmark's own figure is a pair of steps. ``extra_info``: ``ratio`` with its quartiles, how long the certified step
+holds up the training thread, without what the monitor defers to a worker; ``throughput``, wall time of consecutive
+certified steps up to the last verdict over that of plain ones, where everything is paid; ``naive_ratio``, the direct
+Algorithm 2 of naive.py, with how much of it was run.
 """
 
 from __future__ import annotations
 
-import copy
-import time
-from collections.abc import Callable
-from contextlib import nullcontext
 from statistics import median
+from typing import Any
 
+import naive
 import pytest
-import torch
-from torch import Tensor, nn
+from training import CASES, Batch, Case, Race, affordable, optimizer, photos
 
-import adcert
-from adcert import data, models
-
-PAIRS = 12
-WARM_UP = 3
+WARM_UP, PAIRS = 3, 20
+SECONDS = 35.0  # for the pairs, and half of it for consecutive steps: slow cases run fewer
+NAIVE_STEPS, NAIVE_PAIRS = 2, 16
 
 
-def trainer(model: nn.Module, monitor: adcert.Monitor | None, low: bool) -> Callable[[Tensor, Tensor], None]:
-    """One training step of the main job, with or without a monitor; ``low``: under bfloat16 autocast."""
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9, weight_decay=1e-4)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_certified_over_plain(benchmark: Any, case: Case) -> None:
+    batches = iter(photos(128, WARM_UP + 2 * PAIRS))
+    race = Race(case)
+    direct = case.build()
+    naive_step = naive.trainer(direct, optimizer(direct), NAIVE_PAIRS, case.low)
+    naive_steps: list[naive.Step] = []
+    warm_up, each = 0, 0.0
+    while warm_up < WARM_UP and warm_up * each < SECONDS / 3:
+        each = race.pair(*next(batches))
+        warm_up += 1
 
-    def run(x: Tensor, y: Tensor) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
-            loss = nn.functional.cross_entropy(model(x), y)
-        loss.backward()  # type: ignore[no-untyped-call]
+    def with_naive() -> tuple[Batch, dict[str, Any]]:
+        batch = next(batches)
+        if len(naive_steps) < NAIVE_STEPS:
+            naive_steps.append(naive_step(*batch))
+        return batch, {}
 
-    def step(x: Tensor, y: Tensor) -> None:
-        optimizer.zero_grad()
-        with nullcontext() if monitor is None else monitor.step():
-            run(x, y)
-        optimizer.step()
-
-    return step
-
-
-@pytest.mark.parametrize(
-    ("name", "low"), [("vgg11", False), ("vgg11-bn", False), ("resnet18", False), ("vgg11-bn", True)]
-)
-def test_certified_over_plain(benchmark, name: str, low: bool) -> None:  # type: ignore[no-untyped-def]
-    warm_up, pairs = (1, 3) if low else (WARM_UP, PAIRS)
-    images = data.load("photos")
-    batches = iter(data.Loader(images, 128, seed=0, steps=warm_up + pairs))
-    plain = models.build(name, len(images.classes), seed=0)
-    certified = adcert.convert(copy.deepcopy(plain))
-    monitor = adcert.Monitor(certified)
-    steps = {"plain": trainer(plain, None, low), "certified": trainer(certified, monitor, low)}
-    seconds: dict[str, list[float]] = {"plain": [], "certified": []}
-
-    def pair() -> None:
-        x, y = next(batches)
-        for kind, step in steps.items():
-            start = time.perf_counter()
-            step(x, y)
-            seconds[kind].append(time.perf_counter() - start)
-
-    for _ in range(warm_up):
-        pair()
-    benchmark.pedantic(pair, rounds=pairs, iterations=1)
-    kept = {kind: times[warm_up:] for kind, times in seconds.items()}
-    ratios = [a / b for a, b in zip(kept["certified"], kept["plain"], strict=True)]
-    benchmark.extra_info["median ratio certified / plain"] = round(median(ratios), 3)
-    benchmark.extra_info["median plain seconds"] = round(median(kept["plain"]), 4)
-    report = monitor.report()
-    benchmark.extra_info["median certified seconds"] = round(median(kept["certified"]), 4)
-    benchmark.extra_info["certified, uncertified, undecided"] = (report.certified, report.uncertified, report.undecided)
-    benchmark.extra_info["tied windows a step"] = report.ties // report.steps
-    for a, b in zip(plain.parameters(), certified.parameters(), strict=True):
-        assert torch.equal(a, b)
+    benchmark.pedantic(race.pair, setup=with_naive, rounds=affordable(SECONDS, each, 3, PAIRS))
+    info = race.ratios(warm_up)
+    together = [next(batches) for _ in range(affordable(SECONDS / 2, each, 2, PAIRS))]
+    totals = race.totals(together)
+    naive_seconds = median(step.seconds for step in naive_steps)
+    benchmark.extra_info |= vars(case) | info | race.verdicts()
+    benchmark.extra_info |= {
+        "throughput": round(totals["certified"] / totals["plain"], 3),
+        "throughput_steps": len(together),
+        "naive_s": round(naive_seconds, 2),
+        "naive_ratio": round(naive_seconds / info["plain_s"], 1),
+        "naive_note": naive_steps[-1].note,
+    }
+    assert race.same_weights()
