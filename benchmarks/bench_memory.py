@@ -60,7 +60,8 @@ def measure(case: Case, monitored: bool) -> dict[str, dict[str, int]]:
         step(x, y)
         if time.perf_counter() - began > SECONDS:
             break
-    getattr(monitor, "flush", lambda: None)()
+    if monitor is not None:
+        monitor.flush()
     rss = peak_rss()
     tensors = peak_tensors(lambda: step(*batches[-1]))
     report = monitor.report() if monitor else None
