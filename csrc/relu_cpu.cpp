@@ -107,7 +107,7 @@ Found scan_any(const Tensor& x, const Tensor* out, double kink) {
 std::tuple<Tensor, Tensor, Tensor> relu(const Tensor& x) {
   check_floating(x, "relu");
   const Tensor from = dense(x);
-  const Tensor out = torch::stable::empty_like(from);
+  const Tensor out = fresh(torch::stable::empty_like(from));
   const Found found = scan_any(from, &out, 0.0);
   return {out, to_tensor(found.touches, x), to_tensor({found.nonfinite}, x)};
 }
