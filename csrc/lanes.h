@@ -31,7 +31,8 @@ ADCERT_INLINE uint16_t bits(T v) {
   return static_cast<uint16_t>(v);
 }
 
-// Key: what is compared. Lane: integer as wide as a key. infinity: the bits of +inf, the mask of the exponent.
+// Key: what is compared. Lane: integer as wide as a key. Bits: the same, unsigned. infinity: the bits of +inf, the
+// mask of the exponent.
 template <class T>
 struct Value;
 
@@ -39,14 +40,14 @@ template <class F, class U, class I>
 struct FloatValue {
   using Key = F;
   using Lane = I;
+  using Bits = U;
+  static constexpr U infinity = std::bit_cast<U>(std::numeric_limits<F>::infinity());
   static constexpr Key lowest = -std::numeric_limits<F>::infinity();
   static constexpr F lowest_value = lowest;
   static ADCERT_INLINE Key key(F v) { return v; }
+  static ADCERT_INLINE Key positive_key(F v) { return v; }
   static ADCERT_INLINE bool is_nan(Key k) { return k != k; }
-  static ADCERT_INLINE bool is_finite(F v) {
-    constexpr U exponent = std::bit_cast<U>(std::numeric_limits<F>::infinity());
-    return (std::bit_cast<U>(v) & exponent) != exponent;
-  }
+  static ADCERT_INLINE bool is_finite(F v) { return (std::bit_cast<U>(v) & infinity) != infinity; }
   static ADCERT_INLINE F add(F a, F b) { return a + b; }
 };
 template <>
@@ -54,10 +55,12 @@ struct Value<float> : FloatValue<float, uint32_t, int32_t> {};
 template <>
 struct Value<double> : FloatValue<double, uint64_t, int64_t> {};
 
-template <class T, uint16_t infinity>
+template <class T, uint16_t kInfinity>
 struct HalfValue {
   using Key = int16_t;
   using Lane = int16_t;
+  using Bits = uint16_t;
+  static constexpr uint16_t infinity = kInfinity;
   static constexpr Key nan = 0x7fff;
   static constexpr Key lowest = -static_cast<int>(infinity);
   static constexpr T lowest_value = static_cast<T>(infinity | 0x8000);
@@ -66,6 +69,11 @@ struct HalfValue {
     const auto sign = static_cast<int16_t>(static_cast<int16_t>(bits(v)) >> 15);  // 0 or -1
     const auto ordered = static_cast<int16_t>((magnitude ^ sign) - sign);
     return magnitude > static_cast<int16_t>(infinity) ? nan : ordered;
+  }
+  // As key where that is positive, else not positive: enough, and cheaper, to beat a maximum of ReLU's values.
+  static ADCERT_INLINE Key positive_key(T v) {
+    const auto magnitude = static_cast<int16_t>(bits(v) & 0x7fff);
+    return magnitude > static_cast<int16_t>(infinity) ? nan : static_cast<int16_t>(bits(v));
   }
   static ADCERT_INLINE bool is_nan(Key k) { return k == nan; }
   static ADCERT_INLINE bool is_finite(T v) { return (bits(v) & infinity) != infinity; }
@@ -100,29 +108,42 @@ ADCERT_INLINE T rectify(T v) {
     const Lane below = v < 0 ? Lane{-1} : Lane{0};
     return std::bit_cast<T>(std::bit_cast<Lane>(v) & ~below);
   } else {
-    const auto below = static_cast<int16_t>(Value<T>::key(v) >> 15);
-    return static_cast<T>(bits(v) & ~below);
+    const bool below = static_cast<uint16_t>(bits(v) - 0x8001) < Value<T>::infinity;
+    return static_cast<T>(bits(v) & static_cast<uint16_t>(below - 1));
   }
 }
 
-// How many of n values equal the kink, and how many are not finite. OUT: also writes their ReLU.
-template <bool OUT, class T>
-ADCERT_INLINE void scan(const T* __restrict x, T* __restrict out, int64_t n, typename Value<T>::Key kink,
-                        int64_t& touches, int64_t& nonfinite) {
+// How many of n values equal the kink, and how many are not finite.
+template <class T>
+ADCERT_INLINE void count(const T* __restrict x, int64_t n, typename Value<T>::Key kink, int64_t& touches,
+                         int64_t& nonfinite) {
   using Lane = typename Value<T>::Lane;
   constexpr int64_t kBlock = 4096;  // a 16-bit lane must not overflow
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
     Lane equal = 0, odd = 0;
     for (int64_t i = begin; i < end; ++i) {
-      const T v = x[i];
-      equal = static_cast<Lane>(equal + (Value<T>::key(v) == kink));
-      odd = static_cast<Lane>(odd + !Value<T>::is_finite(v));
-      if constexpr (OUT) out[i] = rectify(v);
+      equal = static_cast<Lane>(equal + (Value<T>::key(x[i]) == kink));
+      odd = static_cast<Lane>(odd + !Value<T>::is_finite(x[i]));
     }
     touches += equal;
     nonfinite += odd;
   }
+}
+
+// Whether any of n values is zero or not finite: exactly for these twice the bits, less one, is as large as for
+// infinity, so that one maximum tells. OUT: also writes their ReLU.
+template <bool OUT, class T>
+ADCERT_INLINE bool any_odd(const T* __restrict x, T* __restrict out, int64_t n) {
+  using Bits = typename Value<T>::Bits;
+  Bits most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const T v = x[i];
+    const auto twice = static_cast<Bits>(2 * static_cast<Bits>(std::bit_cast<Bits>(v)) - 1);
+    most = twice > most ? twice : most;
+    if constexpr (OUT) out[i] = rectify(v);
+  }
+  return most >= static_cast<Bits>(2 * Value<T>::infinity - 1);
 }
 
 }  // namespace adcert

@@ -158,8 +158,9 @@ ADCERT_INLINE void each_tied(const Tile<T, L>& t, int64_t n, const F& f) {
 // Touches and nonfinite values of n cells from flat memory index `begin` on.
 template <bool RELU, class T>
 ADCERT_INLINE void scan_cells(const T* x, int64_t begin, int64_t n, Found& found) {
+  if (!any_odd<false>(x + begin, static_cast<T*>(nullptr), n)) return;
   int64_t touches = 0;
-  scan<false>(x + begin, static_cast<T*>(nullptr), n, 0, touches, found.nonfinite);
+  count(x + begin, n, 0, touches, found.nonfinite);
   if constexpr (RELU) {
     if (touches)
       for (int64_t i = begin; i < begin + n; ++i)
