@@ -19,6 +19,11 @@
 #endif
 #define ADCERT_INLINE inline __attribute__((always_inline))
 #define ADCERT_COLD __attribute__((noinline, cold))
+#if defined(__GNUC__) && !defined(__clang__)
+#define ADCERT_NO_ALIAS _Pragma("GCC ivdep")
+#else
+#define ADCERT_NO_ALIAS
+#endif
 
 namespace adcert {
 
