@@ -50,7 +50,6 @@ struct FloatValue {
   static constexpr Key lowest = -std::numeric_limits<F>::infinity();
   static constexpr F lowest_value = lowest;
   static ADCERT_INLINE Key key(F v) { return v; }
-  static ADCERT_INLINE Key positive_key(F v) { return v; }
   static ADCERT_INLINE bool is_nan(Key k) { return k != k; }
   static ADCERT_INLINE bool is_finite(F v) { return (std::bit_cast<U>(v) & infinity) != infinity; }
   static ADCERT_INLINE F add(F a, F b) { return a + b; }
@@ -74,11 +73,6 @@ struct HalfValue {
     const auto sign = static_cast<int16_t>(static_cast<int16_t>(bits(v)) >> 15);  // 0 or -1
     const auto ordered = static_cast<int16_t>((magnitude ^ sign) - sign);
     return magnitude > static_cast<int16_t>(infinity) ? nan : ordered;
-  }
-  // As key where that is positive, else not positive: enough, and cheaper, to beat a maximum of ReLU's values.
-  static ADCERT_INLINE Key positive_key(T v) {
-    const auto magnitude = static_cast<int16_t>(bits(v) & 0x7fff);
-    return magnitude > static_cast<int16_t>(infinity) ? nan : static_cast<int16_t>(bits(v));
   }
   static ADCERT_INLINE bool is_nan(Key k) { return k == nan; }
   static ADCERT_INLINE bool is_finite(T v) { return (bits(v) & infinity) != infinity; }

@@ -23,7 +23,7 @@ ADCERT_INLINE void see_row(const T* __restrict x, int64_t n, L tap, int64_t at, 
     const T v = x[i - at];
     Best<T, L> best{t.maximum[i], {}, t.offset[i], t.last[i]};
     if constexpr (Tile<T, L>::kBits) best.value = t.value[i];
-    best.template see<false>(RELU ? rectify(v) : v, tap);
+    best.see(RELU ? rectify(v) : v, tap);
     best.save(t, i);
   }
 }
@@ -72,30 +72,45 @@ ADCERT_INLINE void fill_any(const Job<T>& job, const T* image, int64_t oh, int64
   }
 }
 
+// The first row of x, over all images (or planes), that belongs to output row u.
+template <class T>
+ADCERT_INLINE int64_t owned(const Job<T>& job, int64_t u) {
+  const Axis& h = job.window.height;
+  return u / h.count * h.size + h.owned(u % h.count);
+}
+
+// Whether the windows of output rows u0 .. u1 - 1 look at finite values only.
+template <bool RELU, class T>
+ADCERT_INLINE bool finite(const Job<T>& job, Scan<RELU, T>& scan, int64_t u0, int64_t u1, Found& found) {
+  const Axis& h = job.window.height;
+  const int64_t oh = (u1 - 1) % h.count, image = (u1 - 1) / h.count * h.size;
+  return scan.finite(owned(job, u0), std::max(owned(job, u1), image + h.cell(oh, h.last(oh) - 1) + 1), found);
+}
+
 // x [planes, H, W]; rows begin <= u < end of [planes, OH]. Short rows share a tile.
 template <bool RELU, class T, class L>
 ADCERT_INLINE void nchw_rows(const Job<T>& job, int64_t begin, int64_t end, Found& found) {
   const Axis &h = job.window.height, &w = job.window.width;
-  const bool square = job.window.is_square(), three = job.window.is_three();
+  constexpr bool small = std::is_same_v<L, typename Value<T>::Lane>;  // else the windows are huge
+  const bool square = small && job.window.is_square(), three = small && job.window.is_three();
   const int64_t group = std::max<int64_t>(1, kTile / w.count);
+  Scan<RELU, T> scan(job.x, w.size, owned(job, begin), owned(job, end));
   Tile<T, L> t;
   Lines<T> lines;
   std::vector<T> scratch;
   for (int64_t u0 = begin; u0 < end; u0 += group) {
     const int64_t u1 = std::min(end, u0 + group);
+    const bool usual = finite(job, scan, u0, u1, found) && (square || three);
     for (int64_t t0 = 0; t0 < w.count; t0 += kTile) {
       const int64_t n = std::min(kTile, w.count - t0), index = u0 * w.count + t0;
       for (int64_t u = u0; u < u1; ++u) {
-        const int64_t plane = u / h.count, oh = u % h.count, from = h.owned(oh);
-        const T* image = job.x + plane * job.window.cells();
-        if (t0 == 0)
-          scan_cells<RELU>(job.x, (plane * h.size + from) * w.size, (h.owned(oh + 1) - from) * w.size, found);
-        if (square)
-          fill_square<RELU>(job, image, oh, t0, n, (u - u0) * n, t);
-        else if (three)
-          fill_three<RELU>(job, image, oh, t0, n, (u - u0) * n, lines, t);
-        else
-          fill_any<RELU>(job, image, oh, t0, n, (u - u0) * n, scratch, t);
+        const int64_t oh = u % h.count, at = (u - u0) * n;
+        const T* image = job.x + u / h.count * job.window.cells();
+        if constexpr (small) {
+          if (usual && square) fill_square<RELU>(job, image, oh, t0, n, at, t);
+          if (usual && three) fill_three<RELU>(job, image, oh, t0, n, at, lines, t);
+        }
+        if (!usual) fill_any<RELU>(job, image, oh, t0, n, at, scratch, t);
       }
       store<RELU>(job, t, (u1 - u0) * n, index);
       each_tied(t, (u1 - u0) * n, [&](int64_t i) {
@@ -123,25 +138,27 @@ template <bool RELU, class T, class L>
 ADCERT_INLINE void nhwc_rows(const Job<T>& job, int64_t begin, int64_t end, Found& found) {
   const Axis &h = job.window.height, &w = job.window.width;
   const int64_t channels = job.channels, row = w.size * channels;
-  const int64_t square = h.kernel == w.kernel ? h.kernel : 0, group = std::max<int64_t>(1, kTile / channels);
+  constexpr bool small = std::is_same_v<L, typename Value<T>::Lane>;  // else the windows are huge
+  const bool two = small && h.kernel == 2 && w.kernel == 2, three = small && h.kernel == 3 && w.kernel == 3;
+  const int64_t group = std::max<int64_t>(1, kTile / channels);
+  Scan<RELU, T> scan(job.x, row, owned(job, begin), owned(job, end));
   Tile<T, L> t;
   T none[kTile];
   std::fill_n(none, kTile, Value<T>::lowest_value);
   for (int64_t u = begin; u < end; ++u) {
-    const int64_t image_index = u / h.count, oh = u % h.count, from = h.owned(oh);
-    scan_cells<RELU>(job.x, (image_index * h.size + from) * row, (h.owned(oh + 1) - from) * row, found);
-    const T* image = job.x + image_index * h.size * row;
+    const int64_t oh = u % h.count;
+    const T* image = job.x + u / h.count * h.size * row;
+    const bool usual = finite(job, scan, u, u + 1, found) && (two || three);
     for (int64_t o0 = 0; o0 < w.count; o0 += group)
       for (int64_t c = 0; c < channels; c += kTile) {
         const int64_t n = std::min(kTile, channels - c), pixels = std::min(group, w.count - o0);
         const int64_t index = (u * w.count + o0) * channels + c;
         for (int64_t k = 0; k < pixels; ++k) {
-          if (square == 2)
-            fill_pixel<RELU, 2>(job, image + c, oh, o0 + k, n, k * n, none, t);
-          else if (square == 3)
-            fill_pixel<RELU, 3>(job, image + c, oh, o0 + k, n, k * n, none, t);
-          else
-            fill_taps<RELU>(job, image + c, oh, o0 + k, n, k * n, t);
+          if constexpr (small) {
+            if (usual && two) fill_pixel<RELU, 2>(job, image + c, oh, o0 + k, n, k * n, none, t);
+            if (usual && three) fill_pixel<RELU, 3>(job, image + c, oh, o0 + k, n, k * n, none, t);
+          }
+          if (!usual) fill_taps<RELU>(job, image + c, oh, o0 + k, n, k * n, t);
         }
         store<RELU>(job, t, pixels * n, index);
         each_tied(t, pixels * n, [&](int64_t i) {

@@ -1,4 +1,5 @@
-// The usual windows, 2 x 2 and 3 x 3: the state of a lane never leaves the registers until it has seen every tap.
+// The usual windows, 2 x 2 and 3 x 3, on finite values: the state of a lane stays in the registers until it has seen
+// every tap, and no comparison is spent on NaN.
 #pragma once
 
 #include <algorithm>
@@ -8,15 +9,47 @@
 
 namespace adcert {
 
-// Lanes 0 .. n - 1 see the values p[k][i] in turn and become t's from `at` on.
+// A lane with its first value. RELU: the maximum is then at least 0, so that later values need not be rectified: where
+// it stays 0, the first tap is selected.
+template <bool RELU, class T, class L>
+struct First : Best<T, L> {
+  using Key = typename Value<T>::Key;
+  using Best<T, L>::maximum, Best<T, L>::value, Best<T, L>::offset, Best<T, L>::last;
+  static constexpr bool kRaw = RELU && Tile<T, L>::kBits;  // positive half values compare as their bits do
+
+  ADCERT_INLINE First(T v, L tap) : Best<T, L>{0, RELU ? rectify(v) : v, tap, tap} { maximum = Value<T>::key(value); }
+
+  static ADCERT_INLINE Key key(T v) {
+    if constexpr (kRaw)
+      return static_cast<Key>(bits(v));
+    else
+      return Value<T>::key(v);
+  }
+
+  ADCERT_INLINE void see(T v, L tap) {
+    const Key k = key(v);
+    const bool take = k > maximum, attains = k >= maximum;
+    last = attains ? tap : last;
+    maximum = take ? k : maximum;
+    offset = take ? tap : offset;
+    if constexpr (!kRaw) value = take ? v : value;
+  }
+
+  ADCERT_INLINE void save(Tile<T, L>& t, int64_t i) {
+    if constexpr (kRaw) value = maximum > 0 ? static_cast<T>(maximum) : value;
+    Best<T, L>::save(t, i);
+  }
+};
+
+// Lanes begin .. begin + n - 1 see the values p[k][i] in turn and become t's from `at` + begin on.
 template <bool RELU, class T, class L, size_t... K>
 ADCERT_INLINE void see_taps(const T* const* p, const L* tap, int64_t begin, int64_t n, int64_t at, Tile<T, L>& t,
                             std::index_sequence<K...>) {
   ADCERT_NO_ALIAS
   for (int64_t i = begin; i < begin + n; ++i) {
-    auto best = first_of<RELU>(p[0][i], tap[0]);
-    (best.template see<RELU>(p[K + 1][i], tap[K + 1]), ...);
-    best.save(t, at + i);
+    First<RELU, T, L> lane(p[0][i], tap[0]);
+    (lane.see(p[K + 1][i], tap[K + 1]), ...);
+    lane.save(t, at + i);
   }
 }
 
@@ -57,16 +90,29 @@ ADCERT_INLINE void fill_pixel(const Job<T>& job, const T* image, int64_t oh, int
       see_taps<RELU>(taps.p, taps.tap, std::min(i, n - kVector), kVector, at, t, rest);
 }
 
+// The four cells are compared with their maximum by arithmetic: four choices in a row become branches, not vectors.
 template <bool RELU, class T, class L>
-ADCERT_INLINE void see_square(const T* __restrict top, const T* __restrict bottom, int64_t begin, int64_t n, int64_t at,
-                              Tile<T, L>& __restrict t) {
+ADCERT_INLINE void see_square(const T* top, const T* bottom, int64_t begin, int64_t n, int64_t at, Tile<T, L>& t) {
+  using Lane = First<RELU, T, L>;
   ADCERT_NO_ALIAS
   for (int64_t i = begin; i < begin + n; ++i) {
-    auto best = first_of<RELU>(top[2 * i], L{0});
-    best.template see<RELU>(top[2 * i + 1], L{1});
-    best.template see<RELU>(bottom[2 * i], L{2});
-    best.template see<RELU>(bottom[2 * i + 1], L{3});
-    best.save(t, at + i);
+    const T v0 = top[2 * i], v1 = top[2 * i + 1], v2 = bottom[2 * i], v3 = bottom[2 * i + 1];
+    Lane lane(v0, 0);
+    const auto k0 = lane.maximum, k1 = Lane::key(v1), k2 = Lane::key(v2), k3 = Lane::key(v3);
+    const auto a = k1 > k0 ? k1 : k0, b = k3 > k2 ? k3 : k2, maximum = b > a ? b : a;  // of equal zeros the first
+    const L less0 = k0 < maximum, less1 = k1 < maximum, less2 = k2 < maximum, less3 = k3 < maximum;
+    const L not01 = less0 & less1, not012 = not01 & less2;
+    lane.maximum = maximum;
+    lane.offset = static_cast<L>(less0 + not01 + not012);
+    lane.last = static_cast<L>(lane.offset - (less0 + less1 + less2 + less3 <= 2));  // another one than the first
+    if constexpr (Tile<T, L>::kBits && !RELU) {
+      const auto keep = [](T v, L one) { return bits(v) & -one; };
+      lane.value =
+          static_cast<T>(keep(v0, 1 - less0) | keep(v1, less0 - not01) | keep(v2, not01 - not012) | keep(v3, not012));
+    } else if constexpr (!Tile<T, L>::kBits) {
+      lane.value = maximum;
+    }
+    lane.save(t, at + i);
   }
 }
 

@@ -46,17 +46,15 @@ struct Tile {
   uint8_t tied[kTile];
 };
 
-// One lane.
+// One lane. It begins with its first value or, with -inf, before it.
 template <class T, class L>
 struct Best {
   typename Value<T>::Key maximum;
   T value;
   L offset, last;
 
-  // Another value; RELU: the maximum began with a value of ReLU, so that negative ones need not become 0 first.
-  template <bool RELU>
   ADCERT_INLINE void see(T v, L tap) {
-    const auto k = RELU ? Value<T>::positive_key(v) : Value<T>::key(v);
+    const auto k = Value<T>::key(v);
     const bool nan = Value<T>::is_nan(k), take = (k > maximum) | nan, attains = take | (k == maximum);
     last = attains ? tap : last;
     maximum = take ? k : maximum;
@@ -71,13 +69,6 @@ struct Best {
     t.last[i] = last;
   }
 };
-
-// The first value a lane sees.
-template <bool RELU, class T, class L>
-ADCERT_INLINE Best<T, L> first_of(T v, L tap) {
-  if constexpr (RELU) v = rectify(v);
-  return {Value<T>::key(v), v, tap, tap};
-}
 
 // One tied window: which cells attain its maximum. image: its plane; cells of a row are `across` apart, rows `down`.
 template <bool RELU, class T>
@@ -148,17 +139,40 @@ ADCERT_INLINE void each_tied(const Tile<T, L>& t, int64_t n, const F& f) {
     if (t.tied[i]) f(i);
 }
 
-// Touches and nonfinite values of n cells from flat memory index `begin` on.
+// Looks through the rows of x for touches and values that are not finite, each row once; rows from `end` on belong to
+// another thread.
 template <bool RELU, class T>
-ADCERT_INLINE void scan_cells(const T* x, int64_t begin, int64_t n, Found& found) {
-  if (!any_odd<false>(x + begin, static_cast<T*>(nullptr), n)) return;
-  int64_t touches = 0;
-  count(x + begin, n, 0, touches, found.nonfinite);
-  if constexpr (RELU) {
-    if (touches)
-      for (int64_t i = begin; i < begin + n; ++i)
-        if (Value<T>::key(x[i]) == 0) found.touches.push_back(i);
+class Scan {
+ public:
+  ADCERT_INLINE Scan(const T* x, int64_t row_size, int64_t begin, int64_t end)
+      : x_(x), row_size_(row_size), next_(begin), end_(end) {}
+
+  // Whether rows from .. to - 1 are finite; `from` never falls.
+  ADCERT_INLINE bool finite(int64_t from, int64_t to, Found& found) {
+    Found others;
+    if (next_ < std::min(to, end_)) look(std::min(to, end_), found);
+    if (next_ < to) look(to, others);
+    return from >= bad_;
   }
-}
+
+ private:
+  ADCERT_INLINE void look(int64_t to, Found& found) {
+    const int64_t begin = next_ * row_size_, end = to * row_size_;
+    next_ = to;
+    if (!any_odd<false>(x_ + begin, static_cast<T*>(nullptr), end - begin)) return;
+    int64_t touches = 0, nonfinite = 0;
+    count(x_ + begin, end - begin, 0, touches, nonfinite);
+    found.nonfinite += nonfinite;
+    if (nonfinite) bad_ = to;
+    if constexpr (RELU) {
+      if (touches)
+        for (int64_t i = begin; i < end; ++i)
+          if (Value<T>::key(x_[i]) == 0) found.touches.push_back(i);
+    }
+  }
+
+  const T* x_;
+  int64_t row_size_, next_, end_, bad_ = 0;  // rows before bad_ may hold values that are not finite
+};
 
 }  // namespace adcert
