@@ -27,6 +27,8 @@
 
 namespace adcert {
 
+constexpr int64_t kRow = 16;  // lanes taken at once in short rows, few enough for images of 32 columns
+
 // Enumerations, not structs: only scalar loads and stores are turned into vector ones.
 enum class BFloat16 : uint16_t {};
 enum class Float16 : uint16_t {};

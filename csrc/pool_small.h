@@ -130,20 +130,22 @@ ADCERT_INLINE void fill_square(const Job<T>& job, const T* image, int64_t oh, in
     see_square<RELU>(top, bottom, 0, n, at, t);
 }
 
-// Rows of a plane split by the parity of the column, the last three of them: as the 3 x 3 windows of stride 2 look at
+// Rows of a plane split by the parity of the column, the last few of them: as the 3 x 3 windows of stride 2 look at
 // them, neighbouring lanes at neighbouring values. Tap 0 of lane j is side[j], tap 1 middle[j], tap 2 side[j + 1].
+// Rows are split two ahead: a processor stalls on reading across two stores that it has just made.
 template <class T>
 struct Lines {
   static constexpr int64_t kPitch = kTile + 2 * kRow;
-  T side[3][kPitch], middle[3][kPitch], none[kPitch];
+  static constexpr int64_t kRows = 5;
+  T side[kRows][kPitch], middle[kRows][kPitch], none[kPitch];
   const T* image = nullptr;
   int64_t t0 = 0, next = 0;  // rows before `next` are split, for lanes from t0 on
 
   ADCERT_INLINE void begin(const T* new_image, int64_t new_t0) {
     if (image == new_image && t0 == new_t0) return;
     image = new_image, t0 = new_t0, next = 0;
-    std::fill_n(&side[0][0], 3 * kPitch, Value<T>::lowest_value);
-    std::fill_n(&middle[0][0], 3 * kPitch, Value<T>::lowest_value);
+    std::fill_n(&side[0][0], kRows * kPitch, Value<T>::lowest_value);
+    std::fill_n(&middle[0][0], kRows * kPitch, Value<T>::lowest_value);
     std::fill_n(none, kPitch, Value<T>::lowest_value);
   }
 
@@ -162,7 +164,7 @@ struct Lines {
     constexpr int64_t kHalf = kRow / 2;
     const T* from = image + r * w.size + 2 * t0;
     const int64_t room = w.size - 2 * t0, lanes = n + 1 - w.padding, pairs = std::min(lanes, room / 2);
-    T *a = side[r % 3], *b = middle[r % 3];
+    T *a = side[r % kRows], *b = middle[r % kRows];
     T *even = w.padding ? b : a, *odd = w.padding ? a + 1 : b;
     if (pairs >= kRow)
       for (int64_t j = 0; j < pairs; j += kRow) split_pairs(from, std::min(j, pairs - kRow), kRow, even, odd);
@@ -184,8 +186,9 @@ ADCERT_INLINE void fill_three(const Job<T>& job, const T* image, int64_t oh, int
   const Axis &h = job.window.height, &w = job.window.width;
   const int64_t h0 = h.first(oh), h1 = h.last(oh);
   lines.begin(image, t0);
-  for (int64_t r = std::max(lines.next, h.cell(oh, h0)); r < h.cell(oh, h1); ++r) lines.split(w, r, n);
-  lines.next = h.cell(oh, h1);
+  const int64_t end = std::min(h.cell(oh, h1) + 2, h.size);
+  for (int64_t r = std::max(lines.next, h.cell(oh, h0)); r < end; ++r) lines.split(w, r, n);
+  lines.next = end;
   const T* p[9];
   L tap[9];
   int inside = 0, outside = 9;
@@ -193,7 +196,7 @@ ADCERT_INLINE void fill_three(const Job<T>& job, const T* image, int64_t oh, int
     const bool in = kh >= h0 && kh < h1;
     const int k = in ? inside : outside - 3;
     (in ? inside : outside) += in ? 3 : -3;
-    const int64_t slot = in ? h.cell(oh, kh) % 3 : 0;
+    const int64_t slot = in ? h.cell(oh, kh) % lines.kRows : 0;
     p[k] = in ? lines.side[slot] : lines.none;
     p[k + 1] = in ? lines.middle[slot] : lines.none;
     p[k + 2] = in ? lines.side[slot] + 1 : lines.none;

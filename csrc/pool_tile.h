@@ -11,7 +11,6 @@
 namespace adcert {
 
 constexpr int64_t kTile = 256;  // lanes whose state stays in the first-level cache
-constexpr int64_t kRow = 16;    // lanes taken at once in short rows, few enough for images of 32 columns
 
 // Offsets are bytes where they fit, else int32.
 struct Offsets {
@@ -156,9 +155,16 @@ class Scan {
   }
 
  private:
+  // The rows after these; processors stop their own prefetching at the end of a page, which is as far as a tile reaches.
+  static ADCERT_INLINE void prefetch(const T* begin, const T* end) {
+    constexpr int64_t kLine = 64 / sizeof(T);
+    for (; begin < end; begin += kLine) __builtin_prefetch(begin, 0, 2);
+  }
+
   ADCERT_INLINE void look(int64_t to, Found& found) {
     const int64_t begin = next_ * row_size_, end = to * row_size_;
     next_ = to;
+    prefetch(x_ + end, x_ + std::min(2 * end - begin, end_ * row_size_));
     if (!any_odd<false>(x_ + begin, static_cast<T*>(nullptr), end - begin)) return;
     int64_t touches = 0, nonfinite = 0;
     count(x_ + begin, end - begin, 0, touches, nonfinite);
