@@ -2,8 +2,6 @@
 // int16 (both zeros to 0, every NaN to 32767): exact, and twice as many to a vector as after conversion to float.
 #pragma once
 
-#include <torch/headeronly/util/Half.h>
-
 #include <bit>
 #include <cstdint>
 #include <limits>
@@ -93,12 +91,28 @@ struct Value<BFloat16> : HalfValue<BFloat16, 0x7f80> {
 
 template <>
 struct Value<Float16> : HalfValue<Float16, 0x7c00> {
-  static ADCERT_INLINE Float16 add(Float16 a, Float16 b) {
-    using torch::headeronly::detail::fp16_ieee_from_fp32_value;
-    using torch::headeronly::detail::fp16_ieee_to_fp32_value;
-    const float sum = fp16_ieee_to_fp32_value(bits(a)) + fp16_ieee_to_fp32_value(bits(b));
-    return static_cast<Float16>(fp16_ieee_from_fp32_value(sum));
+  // Without a branch, which c10's conversions have, and so in vectors.
+  static ADCERT_INLINE float widen(Float16 v) {
+    const uint32_t magnitude = bits(v) & 0x7fff, sign = static_cast<uint32_t>(bits(v) & 0x8000) << 16;
+    const uint32_t small = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude | 0x3f000000) - 0.5f);  // times 2^-24
+    const uint32_t rebased = (magnitude << 13) + 0x38000000, infinite = (magnitude << 13) | 0x7f800000;
+    const uint32_t is_small = -static_cast<uint32_t>(magnitude < 0x400);
+    const uint32_t is_infinite = -static_cast<uint32_t>(magnitude >= infinity);
+    return std::bit_cast<float>(sign | (small & is_small) | (infinite & is_infinite) |
+                                (rebased & ~(is_small | is_infinite)));
   }
+  static ADCERT_INLINE Float16 narrow(float f) {  // to nearest, ties to even; every NaN to 0x7e00, as c10 does
+    const auto u = std::bit_cast<uint32_t>(f);
+    const uint32_t magnitude = u & 0x7fffffff, sign = u >> 16 & 0x8000;
+    const uint32_t normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13;
+    const uint32_t small = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
+    const uint32_t is_small = -static_cast<uint32_t>(magnitude < 0x38800000);
+    const uint32_t is_large = -static_cast<uint32_t>(magnitude >= 0x47800000);
+    const uint32_t large = 0x7c00 | (0x200 & -static_cast<uint32_t>(magnitude > 0x7f800000));
+    const uint32_t result = (small & is_small) | (large & is_large) | (normal & ~(is_small | is_large));
+    return static_cast<Float16>(sign | result);
+  }
+  static ADCERT_INLINE Float16 add(Float16 a, Float16 b) { return narrow(widen(a) + widen(b)); }
 };
 
 // max(v, 0) as torch.relu: -0.0 and NaN pass. A mask, not a choice: compilers turn only the former into vectors.

@@ -155,7 +155,8 @@ class Scan {
   }
 
  private:
-  // The rows after these; processors stop their own prefetching at the end of a page, which is as far as a tile reaches.
+  // The rows after these; processors stop their own prefetching at the end of a page, which is as far as a tile
+  // reaches.
   static ADCERT_INLINE void prefetch(const T* begin, const T* end) {
     constexpr int64_t kLine = 64 / sizeof(T);
     for (; begin < end; begin += kLine) __builtin_prefetch(begin, 0, 2);

@@ -44,15 +44,17 @@ template <class T, class R>
 ADCERT_INLINE void scatter_chunk_as(const Routing<T, R>& job, bool channels_last, int64_t period, int64_t begin,
                                     int64_t end) {
   const Axis& w = job.window.width;
+  const bool small = channels_last && job.window.taps() <= 9;
   const bool square = job.window.is_square(), three = !channels_last && job.window.is_three();
   const int64_t outputs = job.window.outputs() * job.channels, cells = job.window.cells() * job.channels;
+  WideRoutes<typename Value<T>::Lane> wide(job.window.height, small ? w.count * job.channels : 0);
   std::vector<RouteLine<T>> lines(three ? 5 : 0, RouteLine<T>(w.size));
   for (int64_t u = begin; u < end; ++u) {
     const T* from = job.from + u * outputs;
     const R* routes = job.routes + u % period * outputs;
     T* to = job.to + u * cells;
     if (channels_last)
-      job.window.taps() <= 9 ? small_image(job, from, routes, to) : any_image(job, from, routes, to);
+      small ? small_image(job, wide, from, routes, to) : any_image(job, from, routes, to);
     else if (square)
       square_plane(job, from, routes, to);
     else if (three)

@@ -82,26 +82,22 @@ ADCERT_INLINE void square_plane(const Routing<T, R>& job, const T* from, const R
 }
 
 // Cells begin .. begin + n - 1: the sum of those gradients g[k] whose routes r[k] name tap[k].
-template <class T, class R, size_t... K>
-ADCERT_INLINE void sum_taps(const T* const* g, const R* const* r, const R* tap, int64_t begin, int64_t n, T* to,
+template <class T, class L, size_t... K>
+ADCERT_INLINE void sum_taps(const T* const* g, const L* const* r, const L* tap, int64_t begin, int64_t n, T* to,
                             std::index_sequence<K...>) {
-  using L = typename Value<T>::Lane;
-  const auto here = [&](size_t k, int64_t i) __attribute__((always_inline)) {
-    return pick(static_cast<L>(r[k][i]), static_cast<L>(tap[k]), g[k][i]);
-  };
   ADCERT_NO_ALIAS
   for (int64_t i = begin; i < begin + n; ++i) {
-    T sum = arrive(here(0, i));
-    ((sum = Value<T>::add(sum, here(K + 1, i))), ...);
+    T sum = arrive(pick(r[0][i], tap[0], g[0][i]));
+    ((sum = Value<T>::add(sum, pick(r[K + 1][i], tap[K + 1], g[K + 1][i]))), ...);
     to[i] = sum;
   }
 }
 
-template <size_t N, class T, class R>
-ADCERT_INLINE void sum_channels(const T* const* g, const R* const* r, const R* tap, int64_t n, T* to) {
+template <size_t N, class T, class L>
+ADCERT_INLINE void sum_channels(const T* const* g, const L* const* r, const L* tap, int64_t n, T* to) {
   constexpr int64_t kVector = 64 / sizeof(T);
   constexpr auto rest = std::make_index_sequence<N - 1>{};
-  if (n < kVector)
+  if (N == 1 || n < kVector)  // so short a loop of known length would be unrolled instead
     sum_taps(g, r, tap, 0, n, to, rest);
   else
     for (int64_t i = 0; i < n; i += kVector) sum_taps(g, r, tap, std::min(i, n - kVector), kVector, to, rest);
@@ -115,36 +111,61 @@ struct Holders {
         last(std::min(a.count, (cell + a.padding) / a.stride + 1)) {}
 };
 
+// Routes as wide as the gradients, which compilers need to make vectors: the last rows of windows of one image.
+template <class L>
+class WideRoutes {
+ public:
+  ADCERT_INLINE WideRoutes(const Axis& h, int64_t row_size)
+      : rows_(((h.kernel - 1) * h.dilation + h.stride) / h.stride), row_size_(row_size), wide_(rows_ * row_size) {}
+
+  void begin() { next_ = 0; }
+
+  // Rows up to oh; those rows_ before it may be gone.
+  template <class R>
+  ADCERT_INLINE const L* row(const R* routes, int64_t oh) {
+    for (; next_ <= oh; ++next_) {
+      const R* __restrict from = routes + next_ * row_size_;
+      L* __restrict to = wide_.data() + next_ % rows_ * row_size_;
+      for (int64_t i = 0; i < row_size_; ++i) to[i] = static_cast<L>(from[i]);
+    }
+    return wide_.data() + oh % rows_ * row_size_;
+  }
+
+ private:
+  int64_t rows_, row_size_, next_ = 0;
+  std::vector<L> wide_;
+};
+
 // One image [H, W, C]; windows of at most 9 cells.
-template <class T, class R>
-ADCERT_INLINE void small_image(const Routing<T, R>& job, const T* from, const R* routes, T* to) {
+template <class T, class R, class L>
+ADCERT_INLINE void small_image(const Routing<T, R>& job, WideRoutes<L>& wide, const T* from, const R* routes, T* to) {
   const Axis &h = job.window.height, &w = job.window.width;
   const int64_t channels = job.channels;
+  wide.begin();
   for (int64_t ih = 0; ih < h.size; ++ih)
     for (int64_t iw = 0; iw < w.size; ++iw, to += channels) {
       const Holders rows(h, ih), columns(w, iw);
       const T* g[9];
-      const R* r[9];
-      R tap[9];
+      const L* r[9];
+      L tap[9];
       int n = 0;
-      for (int64_t oh = rows.first; oh < rows.last; ++oh)
+      for (int64_t oh = rows.first; oh < rows.last; ++oh) {
+        const L* row = wide.row(routes, oh);
         for (int64_t ow = columns.first; ow < columns.last; ++ow) {
           const int64_t down = ih - h.start(oh), across = iw - w.start(ow);
           if (down % h.dilation || across % w.dilation) continue;
           g[n] = from + (oh * w.count + ow) * channels;
-          r[n] = routes + (oh * w.count + ow) * channels;
-          tap[n++] = static_cast<R>(down / h.dilation * w.kernel + across / w.dilation);
+          r[n] = row + ow * channels;
+          tap[n++] = static_cast<L>(down / h.dilation * w.kernel + across / w.dilation);
         }
+      }
       if (n == 0) std::fill_n(to, channels, T{});
       if (n == 1) sum_channels<1>(g, r, tap, channels, to);
       if (n == 2) sum_channels<2>(g, r, tap, channels, to);
       if (n == 4) sum_channels<4>(g, r, tap, channels, to);
       if (n == 3 || n > 4) sum_channels<3>(g, r, tap, channels, to);
       for (int k = 3; n > 4 && k < n; ++k)
-        for (int64_t c = 0; c < channels; ++c) {
-          using L = typename Value<T>::Lane;
-          to[c] = Value<T>::add(to[c], pick(static_cast<L>(r[k][c]), static_cast<L>(tap[k]), g[k][c]));
-        }
+        for (int64_t c = 0; c < channels; ++c) to[c] = Value<T>::add(to[c], pick(r[k][c], tap[k], g[k][c]));
     }
 }
 
