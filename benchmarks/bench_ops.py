@@ -1,11 +1,15 @@
 """The native operators against plain torch: run with `make bench`; compare the rows of a group.
 
-The group's name says the work; `ours / torch` is stored with each of our rows as `ratio`, measured back to
-back in the same process (the least of several runs each, since a machine is rarely idle).
+The group's name says the work. With each of our rows are stored `ratio`, ours / torch, measured in turn in the same
+process (the least of several runs each, since a machine is rarely idle), and `floor`, the part of the memory
+bandwidth that is reached: the time a copy of as many bytes takes, over ours. The bytes are the least that any
+implementation has to read and write; what the process reuses from the cache can lift `floor` above 1.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -16,36 +20,53 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from adcert import ops
+from adcert.reference import DTYPES
 
 SHAPE = (128, 64, 32, 32)
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+GEOMETRIES = {"k2": (2, 2, 0), "k3": (3, 2, 1)}
 CASES = [
-    pytest.param(dtype, layout, geometry, id=f"{str(dtype)[6:]}-{str(layout)[6:]}-k{geometry[0]}")
-    for dtype in (torch.float32, torch.bfloat16)
-    for layout in (torch.contiguous_format, torch.channels_last)
-    for geometry in ((2, 2, 0), (3, 2, 1))
+    pytest.param(dtype, LAYOUTS[layout], GEOMETRIES[k], id=f"{str(dtype)[6:]}-{layout}-{k}")
+    for dtype, layout, k in itertools.product(DTYPES, LAYOUTS, GEOMETRIES)
 ]
+RELU_CASES = [pytest.param(dtype, id=str(dtype)[6:]) for dtype in DTYPES]
 
 
-def best(f: Callable[[], Any], rounds: int = 7) -> float:
-    """The least time of one call, in seconds."""
-    f()
-    times = []
-    for _ in range(rounds):
-        start = time.perf_counter()
-        f()
-        times.append(time.perf_counter() - start)
-    return min(times)
+def best(*calls: Callable[[], Any], rounds: int = 9) -> list[float]:
+    """The least time of each call, in seconds; the calls take turns."""
+    least = [float("inf")] * len(calls)
+    for turn in range(rounds + 1):
+        for k, call in enumerate(calls):
+            start = time.perf_counter()
+            call()
+            if turn:  # the first is for warming up
+                least[k] = min(least[k], time.perf_counter() - start)
+    return least
 
 
-def compare(benchmark: Any, group: str, ours: Callable[[], Any], theirs: Callable[[], Any]) -> None:
-    """Times ours under pytest-benchmark and stores its ratio to theirs."""
+@functools.cache
+def copy_source() -> Tensor:
+    """Twice 64 MiB, more than most caches hold."""
+    return torch.ones(2, 1 << 24)
+
+
+def compare(benchmark: Any, group: str, ours: Callable[[], Any], theirs: Callable[[], Any], moved: int) -> None:
+    """Times ours under pytest-benchmark and stores its ratio to theirs and to a copy of `moved` bytes."""
     torch.set_num_threads(2)
     benchmark.group = group
-    plain = best(theirs)
-    ratio = best(ours) / plain
-    benchmark.extra_info |= {"torch_ms": round(1e3 * plain, 3), "ratio": round(ratio, 3)}
+    a, b = copy_source()
+    mine, plain, copy = best(ours, theirs, lambda: a.copy_(b))
+    bandwidth = 2 * a.nbytes / copy
+    ratio, floor = mine / plain, moved / bandwidth / mine
+    benchmark.extra_info |= {
+        "ratio": round(ratio, 3),
+        "floor": round(floor, 3),
+        "torch_ms": round(1e3 * plain, 3),
+        "moved_mb": round(moved / 1e6, 1),
+        "copy_gb_s": round(bandwidth / 1e9, 1),
+    }
     benchmark.pedantic(ours, rounds=5, warmup_rounds=1)
-    print(f"\n{group}: ours / torch = {ratio:.3f} ({1e3 * plain:.2f} ms)")
+    print(f"\n{group}: ours {1e3 * mine:.2f} ms, ours / torch = {ratio:.3f}, {floor:.2f} of the floor")
 
 
 def image(dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
@@ -55,18 +76,20 @@ def image(dtype: torch.dtype, layout: torch.memory_format) -> Tensor:
 @pytest.mark.parametrize(("dtype", "layout", "geometry"), CASES)
 def test_relu_pool_forward(benchmark: Any, dtype: Any, layout: Any, geometry: tuple[int, ...]) -> None:
     x = image(dtype, layout)
+    output, offsets = ops.max_pool2d(x, *geometry, relu=True)[:2]
     compare(
         benchmark,
         f"relu + max_pool2d forward {dtype} {layout} {geometry}",
         lambda: ops.max_pool2d(x, *geometry, relu=True),
         lambda: F.max_pool2d(torch.relu(x), *geometry),
+        x.nbytes + output.nbytes + 2 * offsets.nbytes,  # offsets and routes
     )
 
 
 @pytest.mark.parametrize(("dtype", "layout", "geometry"), CASES)
 def test_relu_pool_backward(benchmark: Any, dtype: Any, layout: Any, geometry: tuple[int, ...]) -> None:
     x = image(dtype, layout).requires_grad_()
-    ours = ops.max_pool2d(x, *geometry, relu=True).output
+    ours, offsets = ops.max_pool2d(x, *geometry, relu=True)[:2]
     theirs = F.max_pool2d(torch.relu(x), *geometry)
     seed = torch.randn_like(theirs)
     compare(
@@ -74,20 +97,36 @@ def test_relu_pool_backward(benchmark: Any, dtype: Any, layout: Any, geometry: t
         f"relu + max_pool2d backward {dtype} {layout} {geometry}",
         lambda: torch.autograd.grad(ours, x, seed, retain_graph=True),
         lambda: torch.autograd.grad(theirs, x, seed, retain_graph=True),
+        seed.nbytes + offsets.nbytes + x.nbytes,
     )
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", RELU_CASES)
 def test_relu_forward(benchmark: Any, dtype: torch.dtype) -> None:
     x = image(dtype, torch.contiguous_format)
-    compare(benchmark, f"relu forward {dtype}", lambda: ops.relu(x), lambda: torch.relu(x))
+    compare(benchmark, f"relu forward {dtype}", lambda: ops.relu(x), lambda: torch.relu(x), 2 * x.nbytes)
+
+
+@pytest.mark.parametrize("dtype", RELU_CASES)
+def test_relu_in_place(benchmark: Any, dtype: torch.dtype) -> None:
+    x = image(dtype, torch.contiguous_format).abs().add(1)  # what it stays from call to call
+    a, b = x.clone(), x.clone()
+    compare(
+        benchmark,
+        f"touches, then relu_ {dtype}",
+        lambda: (ops.touches(a), a.relu_()),
+        lambda: b.relu_(),
+        3 * x.nbytes,
+    )
 
 
 def test_many_ties(benchmark: Any) -> None:
     x = image(torch.bfloat16, torch.contiguous_format).mul(8).round()
+    result = ops.max_pool2d(x, 2, relu=True)
     compare(
         benchmark,
         "relu + max_pool2d forward, integers: most windows tied",
         lambda: ops.max_pool2d(x, 2, relu=True),
         lambda: F.max_pool2d(torch.relu(x), 2),
+        x.nbytes + sum(t.nbytes for t in result) + result.offsets.nbytes,
     )

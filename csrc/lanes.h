@@ -2,8 +2,6 @@
 // int16 (both zeros to 0, every NaN to 32767): exact, and twice as many to a vector as after conversion to float.
 #pragma once
 
-#include <torch/headeronly/util/Half.h>
-
 #include <bit>
 #include <cstdint>
 #include <limits>
@@ -19,8 +17,15 @@
 #endif
 #define ADCERT_INLINE inline __attribute__((always_inline))
 #define ADCERT_COLD __attribute__((noinline, cold))
+#if defined(__GNUC__) && !defined(__clang__)
+#define ADCERT_NO_ALIAS _Pragma("GCC ivdep")
+#else
+#define ADCERT_NO_ALIAS
+#endif
 
 namespace adcert {
+
+constexpr int64_t kRow = 16;  // lanes taken at once in short rows, few enough for images of 32 columns
 
 // Enumerations, not structs: only scalar loads and stores are turned into vector ones.
 enum class BFloat16 : uint16_t {};
@@ -31,7 +36,8 @@ ADCERT_INLINE uint16_t bits(T v) {
   return static_cast<uint16_t>(v);
 }
 
-// Key: what is compared. Lane: integer as wide as a key. infinity: the bits of +inf, the mask of the exponent.
+// Key: what is compared. Lane: integer as wide as a key. Bits: the same, unsigned. infinity: the bits of +inf, the
+// mask of the exponent.
 template <class T>
 struct Value;
 
@@ -39,14 +45,13 @@ template <class F, class U, class I>
 struct FloatValue {
   using Key = F;
   using Lane = I;
+  using Bits = U;
+  static constexpr U infinity = std::bit_cast<U>(std::numeric_limits<F>::infinity());
   static constexpr Key lowest = -std::numeric_limits<F>::infinity();
   static constexpr F lowest_value = lowest;
   static ADCERT_INLINE Key key(F v) { return v; }
   static ADCERT_INLINE bool is_nan(Key k) { return k != k; }
-  static ADCERT_INLINE bool is_finite(F v) {
-    constexpr U exponent = std::bit_cast<U>(std::numeric_limits<F>::infinity());
-    return (std::bit_cast<U>(v) & exponent) != exponent;
-  }
+  static ADCERT_INLINE bool is_finite(F v) { return (std::bit_cast<U>(v) & infinity) != infinity; }
   static ADCERT_INLINE F add(F a, F b) { return a + b; }
 };
 template <>
@@ -54,10 +59,12 @@ struct Value<float> : FloatValue<float, uint32_t, int32_t> {};
 template <>
 struct Value<double> : FloatValue<double, uint64_t, int64_t> {};
 
-template <class T, uint16_t infinity>
+template <class T, uint16_t kInfinity>
 struct HalfValue {
   using Key = int16_t;
   using Lane = int16_t;
+  using Bits = uint16_t;
+  static constexpr uint16_t infinity = kInfinity;
   static constexpr Key nan = 0x7fff;
   static constexpr Key lowest = -static_cast<int>(infinity);
   static constexpr T lowest_value = static_cast<T>(infinity | 0x8000);
@@ -84,12 +91,28 @@ struct Value<BFloat16> : HalfValue<BFloat16, 0x7f80> {
 
 template <>
 struct Value<Float16> : HalfValue<Float16, 0x7c00> {
-  static ADCERT_INLINE Float16 add(Float16 a, Float16 b) {
-    using torch::headeronly::detail::fp16_ieee_from_fp32_value;
-    using torch::headeronly::detail::fp16_ieee_to_fp32_value;
-    const float sum = fp16_ieee_to_fp32_value(bits(a)) + fp16_ieee_to_fp32_value(bits(b));
-    return static_cast<Float16>(fp16_ieee_from_fp32_value(sum));
+  // Without a branch, which c10's conversions have, and so in vectors.
+  static ADCERT_INLINE float widen(Float16 v) {
+    const uint32_t magnitude = bits(v) & 0x7fff, sign = static_cast<uint32_t>(bits(v) & 0x8000) << 16;
+    const uint32_t small = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude | 0x3f000000) - 0.5f);  // times 2^-24
+    const uint32_t rebased = (magnitude << 13) + 0x38000000, infinite = (magnitude << 13) | 0x7f800000;
+    const uint32_t is_small = -static_cast<uint32_t>(magnitude < 0x400);
+    const uint32_t is_infinite = -static_cast<uint32_t>(magnitude >= infinity);
+    return std::bit_cast<float>(sign | (small & is_small) | (infinite & is_infinite) |
+                                (rebased & ~(is_small | is_infinite)));
   }
+  static ADCERT_INLINE Float16 narrow(float f) {  // to nearest, ties to even; every NaN to 0x7e00, as c10 does
+    const auto u = std::bit_cast<uint32_t>(f);
+    const uint32_t magnitude = u & 0x7fffffff, sign = u >> 16 & 0x8000;
+    const uint32_t normal = (magnitude + 0xfff + (magnitude >> 13 & 1) - 0x38000000) >> 13;
+    const uint32_t small = std::bit_cast<uint32_t>(std::bit_cast<float>(magnitude) + 0.5f) - 0x3f000000;
+    const uint32_t is_small = -static_cast<uint32_t>(magnitude < 0x38800000);
+    const uint32_t is_large = -static_cast<uint32_t>(magnitude >= 0x47800000);
+    const uint32_t large = 0x7c00 | (0x200 & -static_cast<uint32_t>(magnitude > 0x7f800000));
+    const uint32_t result = (small & is_small) | (large & is_large) | (normal & ~(is_small | is_large));
+    return static_cast<Float16>(sign | result);
+  }
+  static ADCERT_INLINE Float16 add(Float16 a, Float16 b) { return narrow(widen(a) + widen(b)); }
 };
 
 // max(v, 0) as torch.relu: -0.0 and NaN pass. A mask, not a choice: compilers turn only the former into vectors.
@@ -100,29 +123,42 @@ ADCERT_INLINE T rectify(T v) {
     const Lane below = v < 0 ? Lane{-1} : Lane{0};
     return std::bit_cast<T>(std::bit_cast<Lane>(v) & ~below);
   } else {
-    const auto below = static_cast<int16_t>(Value<T>::key(v) >> 15);
-    return static_cast<T>(bits(v) & ~below);
+    const bool below = static_cast<uint16_t>(bits(v) - 0x8001) < Value<T>::infinity;
+    return static_cast<T>(bits(v) & static_cast<uint16_t>(below - 1));
   }
 }
 
-// How many of n values equal the kink, and how many are not finite. OUT: also writes their ReLU.
-template <bool OUT, class T>
-ADCERT_INLINE void scan(const T* __restrict x, T* __restrict out, int64_t n, typename Value<T>::Key kink,
-                        int64_t& touches, int64_t& nonfinite) {
+// How many of n values equal the kink, and how many are not finite.
+template <class T>
+ADCERT_INLINE void count(const T* __restrict x, int64_t n, typename Value<T>::Key kink, int64_t& touches,
+                         int64_t& nonfinite) {
   using Lane = typename Value<T>::Lane;
   constexpr int64_t kBlock = 4096;  // a 16-bit lane must not overflow
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t end = begin + kBlock < n ? begin + kBlock : n;
     Lane equal = 0, odd = 0;
     for (int64_t i = begin; i < end; ++i) {
-      const T v = x[i];
-      equal = static_cast<Lane>(equal + (Value<T>::key(v) == kink));
-      odd = static_cast<Lane>(odd + !Value<T>::is_finite(v));
-      if constexpr (OUT) out[i] = rectify(v);
+      equal = static_cast<Lane>(equal + (Value<T>::key(x[i]) == kink));
+      odd = static_cast<Lane>(odd + !Value<T>::is_finite(x[i]));
     }
     touches += equal;
     nonfinite += odd;
   }
+}
+
+// Whether any of n values is zero or not finite: exactly for these twice the bits, less one, is as large as for
+// infinity, so that one maximum tells. OUT: also writes their ReLU.
+template <bool OUT, class T>
+ADCERT_INLINE bool any_odd(const T* __restrict x, T* __restrict out, int64_t n) {
+  using Bits = typename Value<T>::Bits;
+  Bits most = 0;
+  for (int64_t i = 0; i < n; ++i) {
+    const T v = x[i];
+    const auto twice = static_cast<Bits>(2 * static_cast<Bits>(std::bit_cast<Bits>(v)) - 1);
+    most = twice > most ? twice : most;
+    if constexpr (OUT) out[i] = rectify(v);
+  }
+  return most >= static_cast<Bits>(2 * Value<T>::infinity - 1);
 }
 
 }  // namespace adcert

@@ -23,11 +23,12 @@ ADCERT_COLD void push_touches(const T* x, int64_t begin, int64_t end, typename V
 template <bool OUT, class T>
 ADCERT_INLINE void scan_chunk(const T* x, T* out, int64_t begin, int64_t end, typename Value<T>::Key kink,
                               Found& found) {
-  constexpr int64_t kBlock = 1024;  // what is scanned again when it holds a touch is still in the first-level cache
+  constexpr int64_t kBlock = 1024;  // what is looked at again is still in the first-level cache
   for (int64_t i = begin; i < end; i += kBlock) {
     const int64_t stop = std::min(end, i + kBlock);
+    if ((OUT || kink == 0) && !any_odd<OUT>(x + i, OUT ? out + i : out, stop - i)) continue;
     int64_t touches = 0;
-    scan<OUT>(x + i, OUT ? out + i : out, stop - i, kink, touches, found.nonfinite);
+    count(x + i, stop - i, kink, touches, found.nonfinite);
     if (touches) push_touches(x, i, stop, kink, found);
   }
 }
@@ -107,7 +108,7 @@ Found scan_any(const Tensor& x, const Tensor* out, double kink) {
 std::tuple<Tensor, Tensor, Tensor> relu(const Tensor& x) {
   check_floating(x, "relu");
   const Tensor from = dense(x);
-  const Tensor out = torch::stable::empty_like(from);
+  const Tensor out = fresh(torch::stable::empty_like(from));
   const Found found = scan_any(from, &out, 0.0);
   return {out, to_tensor(found.touches, x), to_tensor({found.nonfinite}, x)};
 }

@@ -7,79 +7,11 @@
 #include "checks.h"
 #include "collect.h"
 #include "lanes.h"
+#include "route_small.h"
 #include "tensors.h"
 
 namespace adcert {
 namespace {
-
-template <class T, class R>
-struct Routing {
-  const T* from;
-  const R* routes;
-  T* to;
-  Window window;
-  int64_t channels;           // NHWC only; 1 for planes
-  std::vector<int64_t> cell;  // [KH * KW] flat distance of a tap from the start of its window, in cells
-
-  // Flat cell of the route r of window (oh, ow), or -1: ReLU stops it, or it would leave the image.
-  ADCERT_INLINE int64_t target(int64_t oh, int64_t ow, R r) const {
-    if (static_cast<size_t>(r) >= cell.size()) return -1;
-    const int64_t i = window.height.start(oh) * window.width.size + window.width.start(ow) + cell[r];
-    return i >= 0 && i < window.cells() ? i : -1;
-  }
-};
-
-// A gradient arrives in a cell that holds +0.0: -0.0 becomes +0.0, as in torch.
-template <class T>
-ADCERT_INLINE T arrive(T g) {
-  if constexpr (std::is_floating_point_v<T>)
-    return g + T{};
-  else
-    return static_cast<T>(bits(g) & (bits(g) == 0x8000 ? 0 : 0xffff));
-}
-
-// The gradient if the route is this tap, else 0; by masks, which compilers turn into vectors.
-template <class T, class L>
-ADCERT_INLINE T pick(L route, L tap, T g) {
-  const auto hit = static_cast<L>(-static_cast<L>(route == tap));
-  if constexpr (std::is_floating_point_v<T>)
-    return std::bit_cast<T>(std::bit_cast<L>(g) & hit);
-  else
-    return static_cast<T>(bits(g) & hit);
-}
-
-template <class T, class L>
-ADCERT_INLINE void square_tile(const T* __restrict from, const L* __restrict route, int64_t n, T* __restrict top,
-                               T* __restrict bottom) {
-  for (int64_t i = 0; i < n; ++i) {
-    const T g = arrive(from[i]);
-    top[2 * i] = pick(route[i], L{0}, g);
-    top[2 * i + 1] = pick(route[i], L{1}, g);
-    bottom[2 * i] = pick(route[i], L{2}, g);
-    bottom[2 * i + 1] = pick(route[i], L{3}, g);
-  }
-}
-
-// 2 x 2 windows side by side cover every cell at most once: written, not accumulated.
-template <class T, class R>
-ADCERT_INLINE void square_plane(const Routing<T, R>& job, const T* from, const R* routes, T* to) {
-  using L = typename Value<T>::Lane;
-  constexpr int64_t kTile = 256;
-  const int64_t width = job.window.width.size, height = job.window.height.size;
-  const int64_t rows = job.window.height.count, columns = job.window.width.count;
-  L route[kTile];
-  for (int64_t oh = 0; oh < rows; ++oh) {
-    T *top = to + 2 * oh * width, *bottom = top + width;
-    for (int64_t t0 = 0; t0 < columns; t0 += kTile) {
-      const int64_t n = std::min(kTile, columns - t0), at = oh * columns + t0;
-      for (int64_t i = 0; i < n; ++i) route[i] = static_cast<L>(routes[at + i]);
-      square_tile(from + at, route, n, top + 2 * t0, bottom + 2 * t0);
-    }
-    std::fill(top + 2 * columns, top + width, T{});
-    std::fill(bottom + 2 * columns, bottom + width, T{});
-  }
-  std::fill(to + 2 * rows * width, to + height * width, T{});
-}
 
 // In the order of the windows, which fixes the rounding of overlapping sums: torch's order.
 template <class T, class R>
@@ -96,42 +28,38 @@ ADCERT_INLINE void any_plane(const Routing<T, R>& job, const T* from, const R* r
 // One image [H, W, C], every channel in the order of the windows.
 template <class T, class R>
 ADCERT_INLINE void any_image(const Routing<T, R>& job, const T* from, const R* routes, T* to) {
-  constexpr int64_t kMaskedTaps = 9;  // up to here a masked sum over all taps beats a scattered one
   const Axis &h = job.window.height, &w = job.window.width;
-  const int64_t channels = job.channels, taps = job.window.taps();
+  const int64_t channels = job.channels;
   std::fill_n(to, job.window.cells() * channels, T{});
   for (int64_t oh = 0; oh < h.count; ++oh)
-    for (int64_t ow = 0; ow < w.count; ++ow, from += channels, routes += channels) {
-      if (taps > kMaskedTaps) {
-        for (int64_t c = 0; c < channels; ++c) {
-          const int64_t i = job.target(oh, ow, routes[c]);
-          if (i >= 0) to[i * channels + c] = Value<T>::add(to[i * channels + c], from[c]);
-        }
-        continue;
+    for (int64_t ow = 0; ow < w.count; ++ow, from += channels, routes += channels)
+      for (int64_t c = 0; c < channels; ++c) {
+        const int64_t i = job.target(oh, ow, routes[c]);
+        if (i >= 0) to[i * channels + c] = Value<T>::add(to[i * channels + c], from[c]);
       }
-      for (int64_t kh = h.first(oh), kh_last = h.last(oh); kh < kh_last; ++kh)
-        for (int64_t kw = w.first(ow), kw_last = w.last(ow); kw < kw_last; ++kw) {
-          const auto tap = static_cast<R>(kh * w.kernel + kw);
-          T* __restrict cell = to + (h.cell(oh, kh) * w.size + w.cell(ow, kw)) * channels;
-          for (int64_t c = 0; c < channels; ++c) cell[c] = routes[c] == tap ? Value<T>::add(cell[c], from[c]) : cell[c];
-        }
-    }
 }
 
 // Planes, or images if NHWC, begin <= u < end; routes repeat after `period` of them.
 template <class T, class R>
 ADCERT_INLINE void scatter_chunk_as(const Routing<T, R>& job, bool channels_last, int64_t period, int64_t begin,
                                     int64_t end) {
-  const bool square = job.window.is_square();
+  const Axis& w = job.window.width;
+  const bool small = channels_last && job.window.taps() <= 9;
+  const bool square = job.window.is_square(), three = !channels_last && job.window.is_three();
   const int64_t outputs = job.window.outputs() * job.channels, cells = job.window.cells() * job.channels;
+  WideRoutes<typename Value<T>::Lane> wide(job.window.height, small ? w.count * job.channels : 0);
+  std::vector<RouteLine<T>> lines(three ? 5 : 0, RouteLine<T>(w.size));
   for (int64_t u = begin; u < end; ++u) {
     const T* from = job.from + u * outputs;
     const R* routes = job.routes + u % period * outputs;
     T* to = job.to + u * cells;
     if (channels_last)
-      any_image(job, from, routes, to);
+      small ? small_image(job, wide, from, routes, to) : any_image(job, from, routes, to);
     else if (square)
       square_plane(job, from, routes, to);
+    else if (three)
+      w.padding ? three_plane<1>(job, lines.data(), from, routes, to)
+                : three_plane<0>(job, lines.data(), from, routes, to);
     else
       any_plane(job, from, routes, to);
   }

@@ -55,6 +55,11 @@ struct Window {
   ADCERT_HD static bool is_half(const Axis& a) {
     return a.kernel == 2 && a.stride == 2 && a.padding == 0 && a.dilation == 1 && 2 * a.count <= a.size;
   }
+  // 3 x 3 windows of stride 2, the other usual case.
+  ADCERT_HD bool is_three() const { return is_overlapping(height) && is_overlapping(width); }
+  ADCERT_HD static bool is_overlapping(const Axis& a) {
+    return a.kernel == 3 && a.stride == 2 && a.padding <= 1 && a.dilation == 1;
+  }
   ADCERT_HD int64_t first(int64_t oh, int64_t ow) const { return height.first(oh) * width.kernel + width.first(ow); }
 };
 

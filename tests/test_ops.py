@@ -122,6 +122,44 @@ def test_gradient_stops_where_relu_is_flat() -> None:
     assert x.grad.tolist() == [[[0.0, 0.0, 0.0, 1.0]]]
 
 
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_three_by_three_literal(dtype: torch.dtype, layout: torch.memory_format) -> None:
+    # the first window holds padding, both zeros and -1; the second two fives
+    rows = [[-0.0, 0.0, 5.0, 1.0], [-1.0, 0.0, 2.0, 5.0]]
+    x = torch.tensor([[rows, rows]], dtype=dtype).contiguous(memory_format=layout)
+    pool, fused = ops.max_pool2d(x, 3, 2, 1), ops.max_pool2d(x, 3, 2, 1, relu=True)
+    for result in (pool, fused):
+        assert result.output.tolist() == [[[[0.0, 5.0]]] * 2]
+        assert torch.signbit(result.output).tolist() == [[[[True, False]]] * 2]
+        assert result.offsets.tolist() == [[[[4, 4]]] * 2]
+    assert pool.windows.tolist() == [0, 1, 2, 3]
+    assert pool.members.tolist() == [[1 << 4 | 1 << 5 | 1 << 8], [1 << 4 | 1 << 8]] * 2
+    assert fused.windows.tolist() == [1, 3]
+    assert fused.touches.tolist() == [0, 1, 5, 8, 9, 13]
+
+
+def test_minus_infinity_does_not_tie_with_padding() -> None:
+    x = torch.full((1, 1, 2, 2), -INF)
+    x[0, 0, 1, 1] = 1.0
+    result = ops.max_pool2d(x, 3, 2, 1)
+    assert (result.offsets.item(), result.windows.tolist()) == (8, [])
+    result = ops.max_pool2d(torch.full((1, 1, 1, 1), -INF), 3, 2, 1)
+    assert (result.output.item(), result.offsets.item(), result.windows.tolist()) == (-INF, 4, [])
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_overlapping_gradients_are_added_in_the_order_of_the_windows(layout: torch.memory_format) -> None:
+    # the middle cell wins all four windows; only in their order does bfloat16 sum these to 1 + 2^-7
+    x = torch.zeros(1, 2, 5, 5, dtype=torch.bfloat16)
+    x[..., 2, 2] = 1.0
+    x = x.contiguous(memory_format=layout).requires_grad_()
+    seed = torch.tensor([[1.0, 2**-8], [2**-8, 2**-7]], dtype=torch.bfloat16).expand(1, 2, 2, 2)
+    (g,) = torch.autograd.grad(ops.max_pool2d(x, 3, 2).output, x, seed)
+    assert g[..., 2, 2].tolist() == [[1 + 2**-7] * 2]
+    assert g.count_nonzero() == 2
+
+
 def test_touch_outside_every_window() -> None:
     # the last column is in no window, but its unit is on the kink all the same
     x = torch.tensor([[[1.0, 2.0, 0.0], [3.0, 4.0, 5.0]]])
@@ -142,6 +180,63 @@ def test_pool_is_the_reference(dtype: torch.dtype, layout: str, relu: bool) -> N
         for a, e in zip(actual, expected, strict=True):
             assert_same(a, e)
         assert_same(actual.output, plain(x, *geometry, relu=relu))
+
+
+USUAL = tuple(itertools.product([(2, 2, 0), (3, 2, 0), (3, 2, 1)], [1], [False, True]))
+SHAPES = (
+    *((2, 3, h, w) for h, w in ((1, 1), (1, 9), (2, 3), (3, 2), (4, 5), (5, 4), (6, 7), (7, 8), (8, 6), (9, 9))),
+    *((1, 2, h, w) for h, w in ((7, 16), (3, 17), (4, 31), (5, 32), (6, 33), (17, 34), (2, 511), (3, 530))),
+    *((2, c, 5, 6) for c in (1, 16, 33, 64, 70, 300)),
+    (0, 3, 8, 8),
+)
+
+
+def usual(shape: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
+    """The geometries of the specialised kernels that fit."""
+    for (kernel, stride, padding), dilation, ceil in USUAL:
+        if min(shape[2:]) + 2 * padding >= kernel:
+            yield kernel, stride, padding, dilation, ceil
+
+
+@pytest.mark.parametrize("special", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+def test_usual_windows(dtype: torch.dtype, layout: torch.memory_format, special: bool) -> None:
+    # special: NaN and infinities in a few places, so that tiles with and without them follow each other
+    for shape in SHAPES:
+        x = torch.randint(-3, 3, shape).to(dtype)
+        x[x == -3] = -0.0
+        if special:
+            odd = torch.rand(shape) < 4 / (1 + x.numel())
+            x[odd] = torch.tensor([NAN, -NAN, INF, -INF], dtype=dtype)[torch.randint(4, (int(odd.sum()),))]
+            x[:1, :1, -1] = -INF
+        x = x.contiguous(memory_format=layout)
+        for geometry, relu in itertools.product(usual(shape), (False, True)):
+            actual = ops.max_pool2d(x, *geometry, relu=relu)
+            for a, e in zip(actual, reference.max_pool2d(x, *geometry, relu=relu), strict=True):
+                assert_same(a, e)
+            assert_same(actual.output, plain(x, *geometry, relu=relu))
+
+
+@pytest.mark.parametrize("relu", [False, True])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+def test_usual_gradients(dtype: torch.dtype, layout: torch.memory_format, relu: bool) -> None:
+    # a few cells above the rest, so that many windows send their gradients to one; an infinity meets its negative
+    for shape in SHAPES:
+        x = torch.randint(-1, 4, shape).to(dtype).contiguous(memory_format=layout)
+        for geometry in [*usual(shape), (3, 1, 1, 1, False), ((2, 3), (1, 2), 0, (1, 2), True)]:
+            if min(shape[2:]) < 5 and geometry[:2] == ((2, 3), (1, 2)):
+                continue
+            ours, theirs = x.detach().requires_grad_(), x.detach().requires_grad_()
+            expected = plain(theirs, *geometry, relu=relu)
+            seed = torch.randn_like(expected)
+            seed.flatten()[::5] = -0.0
+            seed[..., ::7] = INF
+            seed[..., 3::7] = -INF
+            (g,) = torch.autograd.grad(ops.max_pool2d(ours, *geometry, relu=relu).output, ours, seed)
+            (h,) = torch.autograd.grad(expected, theirs, seed)
+            assert_same(g, h)
 
 
 @pytest.mark.parametrize("relu", [False, True])
