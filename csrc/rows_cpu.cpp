@@ -124,10 +124,8 @@ template <class T>
 double widen(T v) {
   if constexpr (std::is_floating_point_v<T>)
     return static_cast<double>(v);
-  else if constexpr (std::is_same_v<T, BFloat16>)
-    return Value<T>::widen(v);
   else
-    return torch::headeronly::detail::fp16_ieee_to_fp32_value(bits(v));
+    return Value<T>::widen(v);
 }
 
 // The first row that is the opposite of an earlier one of its group: [earlier, row], or [] if there is none.
