@@ -271,7 +271,7 @@ def first_failure(system: System, p: Sequence[int]) -> int | None:
     value, bound = estimate(system, p)
     if (value < -bound).any():
         return int(np.argmin(np.where(value < -bound, value / system.magnitude, 0.0)))
-    for k in np.flatnonzero(value <= bound):
+    for k in np.flatnonzero(~(value > bound)):  # a difference that overflows can make the value NaN
         if exact_sign(system, int(k), p) <= 0:
             return int(k)
     return None

@@ -145,6 +145,14 @@ def test_difference_that_overflows() -> None:
     assert empty.proof == Proof((0, 1), (1, 1))
 
 
+def test_row_whose_floating_point_value_is_not_a_number_is_checked_exactly() -> None:
+    # The difference overflows to infinity, and infinity times 0 is NaN: <row, (0, -1)> is -1 all the same.
+    a, minus = [[HUGE, 1.0]], [[-HUGE, 0.0]]
+    assert check_direction(a, (0, -1), minus) is False
+    assert check_direction(a, (0, 1), minus) is True
+    assert signs(System.read(a, minus), (0, -1)).tolist() == [-1]
+
+
 def test_equal_terms_make_a_zero_row_and_nearly_equal_ones_do_not() -> None:
     a = np.array([[1e-310, 3.0]])
     assert decide(a, a.copy()).reason == "zero row"
