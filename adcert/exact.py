@@ -25,11 +25,10 @@ Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 
 NARROW_BITS = 29  # 29 bits times the 24 of a float32 are the 53 of a float64
-_UNIT = 2.0**-53
-_LARGEST = 600  # bits of a direction that the float64 filter keeps
 _CHUNK = 1 << 22  # entries turned into integers at once
 _CACHED = 1 << 16  # entries of a run of rows
-_SERIAL = 9000  # entries that OpenBLAS multiplies without threads
+_SERIAL = 9000  # entries that OpenBLAS multiplies by a vector without threads
+_SERIAL_PRODUCTS = 1 << 18  # products of a matrix with a matrix that it does without threads
 
 
 def require_gradual_underflow() -> None:
@@ -48,18 +47,18 @@ def row_slices(shape: tuple[int, int]) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, shape[0], step))
 
 
-def times(matrix: NDArray[np.float64], vector: NDArray[np.float64]) -> NDArray[np.float64]:
-    """``matrix @ vector`` in pieces below the size at which BLAS wakes its threads.
+def times(matrix: NDArray[np.float64], factor: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``matrix @ factor`` (a vector or a matrix) in pieces below the size at which BLAS wakes its threads.
 
     Beside a training loop that keeps every core busy, waiting for those threads costs up to a hundred times
     the product.
     """
-    if matrix.size <= _SERIAL:
-        return np.asarray(matrix @ vector)
-    result = np.empty(matrix.shape[0])
-    step = max(1, _SERIAL // matrix.shape[1])
+    step = max(1, _SERIAL // max(1, matrix.shape[1]) if factor.ndim == 1 else _SERIAL_PRODUCTS // max(1, factor.size))
+    if matrix.shape[0] <= step:
+        return np.asarray(matrix @ factor)
+    result = np.empty((matrix.shape[0], *factor.shape[1:]))
     for start in range(0, matrix.shape[0], step):
-        np.dot(matrix[start : start + step], vector, out=result[start : start + step])
+        np.dot(matrix[start : start + step], factor, out=result[start : start + step])
     return result
 
 
@@ -90,8 +89,8 @@ class System:
     """Rows ``a - minus`` known up to ``radius``; build it with :meth:`read`.
 
     >>> system = System.read([[1.0, 2.0]], minus=[[1.0, 0.0]])
-    >>> first_failure(system, (5, 1)) is None
-    True
+    >>> system.difference.tolist()
+    [[0.0, 2.0]]
     """
 
     a: Floats
@@ -203,78 +202,6 @@ def true_integers(system: System, index: Sequence[int]) -> tuple[list[list[int]]
         return first, exponents
     (first, second), exponents = integer_rows(system.a[rows], system.minus[rows])
     return [[x - y for x, y in zip(r, s, strict=True)] for r, s in zip(first, second, strict=True)], exponents
-
-
-def estimate(system: System, p: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """float64 [K] twice: ``|<row, p> - <radius, |p|> - value| <= bound``, infinite where floats fail.
-
-    The inner product of n terms errs by at most n u / (1 - n u) times the sum of magnitudes in any order of
-    summation, fused or not; the rounding of the difference, of p and of the last subtraction add three more
-    units, and the factor 2 covers the rounding of the bound itself. p is integral, so no product underflows.
-    A very long p is shifted down first: value and bound are then for p / 2**shift, and the truncation is far
-    below one unit of the largest.
-    """
-    columns = system.shape[1]
-    largest = max((abs(x) for x in p), default=0)
-    shift = max(0, largest.bit_length() - _LARGEST)
-    largest >>= shift
-    vector = np.array([float(x >> shift) for x in p])
-    with np.errstate(over="ignore", invalid="ignore"):
-        value = times(system.difference, vector)
-        if system.radius is not None:
-            value = value - times(system.radius.astype(np.float64), np.abs(vector))
-        bound = system.magnitude * (float(largest) * (2 * (columns + 8) * _UNIT)) + columns * 2.0**-1000
-    return value, np.where(np.isfinite(value) & np.isfinite(bound), bound, np.inf)
-
-
-def exact_sign(system: System, k: int, p: Sequence[int]) -> int:
-    """Sign of ``<a[k] - minus[k], p> - <radius[k], |p|>`` without any rounding."""
-    if system.is_narrow and max((abs(x) for x in p), default=0) <= 1 << NARROW_BITS:
-        vector = np.array([float(x) for x in p])
-        parts = [system.a[k] * vector]
-        if system.minus is not None:
-            parts.append(system.minus[k] * -vector)
-        if system.radius is not None:
-            parts.append(system.radius[k] * -np.abs(vector))
-        total: float = math.fsum(np.concatenate(parts).tolist())
-        return (total > 0) - (total < 0)
-    terms = [system.a[k : k + 1]]
-    signs = [list(p)]
-    if system.minus is not None:
-        terms.append(system.minus[k : k + 1])
-        signs.append([-x for x in p])
-    if system.radius is not None:
-        terms.append(system.radius[k : k + 1])
-        signs.append([-abs(x) for x in p])
-    integers, _ = integer_rows(*terms)
-    exact = sum(sum(map(int.__mul__, term[0], sign)) for term, sign in zip(integers, signs, strict=True))
-    return (exact > 0) - (exact < 0)
-
-
-def signs(system: System, p: Sequence[int]) -> NDArray[np.int8]:
-    """int8 [K]: the exact sign of ``<row, p> - <radius, |p|>`` for every row.
-
-    >>> signs(System.read([[1e308, 1e308], [5e-324, -5e-324]]), (1, 1)).tolist()
-    [1, 0]
-    """
-    value, bound = estimate(system, p)
-    result = (value > bound).astype(np.int8) - (value < -bound).astype(np.int8)
-    for k in np.flatnonzero(result == 0):
-        result[k] = exact_sign(system, int(k), p)
-    return result
-
-
-def first_failure(system: System, p: Sequence[int]) -> int | None:
-    """A row with ``<row, p> - <radius, |p|> <= 0`` (the worst floats can name), None if all are positive."""
-    if system.shape[0] == 0:
-        return None
-    value, bound = estimate(system, p)
-    if (value < -bound).any():
-        return int(np.argmin(np.where(value < -bound, value / system.magnitude, 0.0)))
-    for k in np.flatnonzero(~(value > bound)):  # a difference that overflows can make the value NaN
-        if exact_sign(system, int(k), p) <= 0:
-            return int(k)
-    return None
 
 
 def combination_is_zero(system: System, index: Sequence[int], weights: Sequence[int]) -> bool:

@@ -20,7 +20,6 @@ from adcert.exact import (
     Ints,
     System,
     combination_is_zero,
-    first_failure,
     relation,
     round_direction,
     times,
@@ -29,6 +28,7 @@ from adcert.exact import (
 from adcert.minnorm import OutOfTimeError, exact_seconds, minimum_norm
 from adcert.refine import refine, shorten
 from adcert.scaling import Scaled, distinct_lines, least_squares
+from adcert.signs import first_failure
 
 Matrix = NDArray[np.float64]
 

@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 import flint
 
 from adcert.errors import AdcertError
-from adcert.exact import System, first_failure, primitive, true_integers
+from adcert.exact import System, primitive, true_integers
+from adcert.signs import first_failure
 
 Rational = flint.fmpq
 

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from adcert._highs import MarginProgram, SolverError
-from adcert.exact import Ints, System, estimate, first_failure, times, true_integers
+from adcert.exact import Ints, System, times, true_integers
 from adcert.scaling import Matrix, Scaled
+from adcert.signs import estimate, first_failure
 
 _BITS = 128  # kept of the point
 _ENTRIES = 1 << 22  # of the rows whose exact values are computed

@@ -17,9 +17,10 @@ from systems import fourier_motzkin, integers, planted
 
 from adcert import _highs, feasibility, minnorm
 from adcert.errors import AdcertError
-from adcert.exact import System, decode, exact_sign, first_failure, integer_rows, relation, signs
+from adcert.exact import System, decode, integer_rows, relation
 from adcert.feasibility import Decision, Proof, check_direction, check_proof, decide
 from adcert.minnorm import minimum_norm
+from adcert.signs import exact_sign, exact_values, first_failure, signs
 
 TINY = 5e-324
 HUGE = 1.7976931348623157e308
@@ -292,6 +293,36 @@ def test_signs_agree_with_fractions(data: st.DataObject, wide: bool, columns: in
         )
         assert sign == (exact > 0) - (exact < 0)
         assert sign == exact_sign(system, k, p)
+
+
+@settings(max_examples=300)
+@given(st.data(), st.sampled_from([np.float32, np.float64]), st.integers(1, 5), st.sampled_from([0, 2, 29, 70, 400]))
+def test_digits_agree_with_fractions(data: st.DataObject, dtype: Any, columns: int, bits: int) -> None:
+    """Signs exactly, values to nearly a float64, also where all but the last digits cancel."""
+    entries = st.one_of(finite if dtype == np.float64 else narrow, st.floats(-4, 4, width=32), st.integers(-3, 3))
+    arrays = [np.array([[data.draw(entries) for _ in range(columns)] for _ in range(3)], dtype=dtype) for _ in range(3)]
+    p = [data.draw(st.integers(-(2**bits), 2**bits)) for _ in range(columns)]
+    if data.draw(st.booleans()):  # opposite entries: cancellation
+        arrays[0][:, 0], arrays[0][:, -1] = arrays[0][:, -1], -arrays[0][:, 0]
+    system = System.read(arrays[0], arrays[1], arrays[2])
+    found = exact_values(system, np.arange(3), p)
+    if found is None:
+        return
+    for k, (sign, mantissa, exponent) in enumerate(zip(*(x.tolist() for x in found), strict=True)):
+        exact = sum(
+            (Fraction(float(a)) - Fraction(float(m))) * x - abs(Fraction(float(r)) * x)
+            for a, m, r, x in zip(*(array[k] for array in arrays), p, strict=True)
+        )
+        assert sign == (exact > 0) - (exact < 0)
+        assert abs(Fraction(mantissa) * Fraction(2) ** exponent - exact) <= abs(exact) / 2**50
+
+
+def test_rows_too_wide_for_digits_go_to_integers() -> None:
+    rows = np.repeat([[HUGE, TINY, -1.0]], 20, axis=0)
+    system = System.read(rows)
+    assert exact_values(system, np.arange(20), (0, 1, 0)) is None
+    assert signs(system, (0, 1, 0)).tolist() == [1] * 20
+    assert signs(System.read(np.repeat([[0.1, 1.0], [0.5, -0.5]], 20, axis=0)), (1, 1)).tolist() == [1] * 20 + [0] * 20
 
 
 def test_relation_is_unique_or_none() -> None:
