@@ -6,6 +6,7 @@ the same, because a refused model followed by ``run`` reports success with objec
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from dataclasses import dataclass
@@ -56,10 +57,13 @@ class MarginProgram:
     """A margin program that grows by rows and hot-starts. Its rows should have entries of size about 1.
 
     With a radius every unknown is split into p = u - v, u, v in [0, 1]: at an optimum ``<a, p> - <r, |p|>``
-    is then the coefficient a - r on u and -(a + r) on v. ``offsets`` are added to the rows' values.
+    is then the coefficient a - r on u and -(a + r) on v. ``offsets`` are added to the rows' values, and c may
+    then be as low as -1.
     """
 
-    def __init__(self, rows: Matrix, radius: Matrix | None, deadline: float, offsets: Matrix | None = None) -> None:
+    def __init__(
+        self, rows: Matrix, radius: Matrix | None, offsets: Matrix | None = None, *, deadline: float = math.inf
+    ) -> None:
         self.columns = rows.shape[1]
         self.split = radius is not None
         self.deadline = deadline
@@ -67,7 +71,7 @@ class MarginProgram:
         coefficients = self._coefficients(rows, radius)
         count, width = coefficients.shape
         cost, lower = np.zeros(width), np.full(width, 0.0 if self.split else -1.0)
-        cost[-1], lower[-1] = 1.0, 0.0
+        cost[-1], lower[-1] = 1.0, 0.0 if offsets is None else -1.0
         starts, index, values = self._sparse(coefficients)
         status = self.solver.passModel(
             width,

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from adcert._highs import MarginProgram, SolverError
+from adcert._highs import SolverError
+from adcert.cutting import separate
 from adcert.exact import (
     NARROW_BITS,
     Ints,
@@ -32,9 +33,8 @@ from adcert.signs import first_failure
 
 Matrix = NDArray[np.float64]
 
-_FIRST_ROWS = 30  # rows of the first linear program beyond twice the columns, half of them those of lowest margin
-_MORE_ROWS = 150  # most violated rows added at a time
-_GRAM = 4  # columns per row from which on p = A^T y is used
+_MANY = 4  # rows per column
+_LARGE = 40  # rows of an exact solve
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,10 @@ class _Search:
         )
         self.scaled = Scaled.of(self.system, self.kept)
         yield from (self.sum_of_rows, self.independent_rows, self.widened, self.linear_program)
-        yield self.exact_rows_only if self.system.radius is not None else self.minimum_norm
+        if self.system.radius is not None:
+            yield self.exact_rows_only
+        else:
+            yield from (self.support, self.refined, self.minimum_norm)
 
     def nonempty(self, direction: Sequence[int] | None, reason: str) -> Decision | None:
         if direction is None or not _is_direction(self.system, direction):
@@ -270,68 +273,76 @@ class _Search:
         return self.empty(weights, "dependent rows") if weights else None
 
     def linear_program(self) -> Decision | None:
-        """HiGHS's proposal; whatever goes wrong there, the exact stages that follow may still decide."""
+        """HiGHS's proposals; whatever goes wrong there, the exact stages that follow may still decide."""
+        scaled = self.scaled
+        matrix, back = scaled.program
+
+        def direction(d: Matrix) -> Matrix:
+            return d if back is None else times(back, d)
+
         try:
-            return self._constraint_generation()
+            found = separate(
+                matrix, scaled.radius, None, self.low, lambda d: scaled.margins(direction(d)), self.deadline
+            )
         except SolverError as error:
             self.why = str(error)
             return None
+        self.guess = direction(found.direction)
+        self.duals = {int(self.kept[i]): dual for i, dual in found.duals.items()}
+        return self.propose(self.guess, "highs") if (found.values > 0).all() else None
 
-    def _constraint_generation(self) -> Decision | None:
-        """max c on a few rows, the most violated ones added until none is; leaves the duals for a proof."""
-        scaled = self.scaled
-        rows, columns = scaled.rows.shape
-        gram = self.system.radius is None and columns > _GRAM * rows
-        matrix, radius = (scaled.gram / np.abs(scaled.gram).max(), None) if gram else (scaled.rows, scaled.radius)
-        first = _FIRST_ROWS + columns
-        order = np.arange(rows)
-        if rows > 2 * first:  # the lowest margins, and some from everywhere
-            order = np.union1d(np.argpartition(self.low, first)[:first], np.linspace(0, rows - 1, first).astype(int))
-        inside = np.zeros(rows, dtype=np.bool_)
-        program = MarginProgram(matrix[order], None if radius is None else radius[order], self.deadline)
-        chosen = order
-        while True:
-            inside[chosen] = True
-            result = program.solve()
-            p = scaled.rows.T @ result.direction if gram else result.direction
-            margins = scaled.margins(p)
-            if (margins > 0).all():
-                decision = self.propose(p, "highs")
-                if decision is not None:
-                    return decision
-            violated = np.flatnonzero((margins <= 0) & ~inside)
-            if result.margin <= 1e-9 or violated.size == 0:
-                break
-            if violated.size > _MORE_ROWS:
-                violated = violated[np.argpartition(margins[violated], _MORE_ROWS)[:_MORE_ROWS]]
-            more = violated
-            program.add(matrix[more], None if radius is None else radius[more])
-            order, chosen = np.concatenate([order, more]), more
-        support = np.flatnonzero(result.duals > 1e-9 * result.duals.max(initial=0.0))
-        self.duals = {int(self.kept[order[i]]): float(result.duals[i]) for i in support}
+    def support(self) -> Decision | None:
+        """A Gordan proof from the rows with duals."""
+        weights = self._relation(sorted(self.duals)) if 0 < len(self.duals) <= self.system.shape[1] + 1 else None
+        return self.empty(weights, "highs") if weights else None
+
+    def refined(self) -> Decision | None:
+        """More digits around HiGHS's direction, or its opposite: in a thin cone the two look alike."""
+        point = round_direction(self.guess, 53) if self.duals and self._many() else None
+        if point is None:
+            return None
+        return self._refine(point) or self._refine([-x for x in point])
+
+    def _refine(self, point: Sequence[int]) -> Decision | None:
+        for direction, duals in refine(self.system, self.kept, self.scaled, point, self.deadline):
+            if direction is not None:
+                return self._short(direction, "refined")
+            self.duals = duals or self.duals
+            decision = self.support()
+            if decision is not None:
+                return decision
         return None
 
+    def _many(self) -> bool:
+        """In smaller systems the exact algorithm ends sooner than more programs do."""
+        rows, columns = self.kept.size, self.system.shape[1]
+        return rows > _MANY * columns or min(rows, columns) > _LARGE
+
+    def _short(self, direction: Sequence[int], reason: str) -> Decision | None:
+        """With few bits if the system allows it."""
+        return self.nonempty(shorten(direction, 64), reason) or self.nonempty(direction, reason)
+
     def minimum_norm(self) -> Decision | None:
-        """The exact end: a Gordan proof on the support of the duals, else Wolfe's algorithm from there."""
+        """The exact end: Wolfe's algorithm from the support of the duals."""
         support = sorted(self.duals) or [int(self.kept[0])]
-        weights = self._relation(support) if len(support) <= self.system.shape[1] + 1 else None
-        decision = weights and self.empty(weights, "highs")
-        if decision:
-            return decision
         start = [max(1, round(self.duals.get(k, 1.0) * 2.0**40)) for k in support]
         direction, proof = minimum_norm(self.system, support, start, self.deadline, self._improve)
         self.why = "the exact algorithm's answer did not pass its check"
         if proof is not None:
             return self.empty(proof, "minimum norm")
         assert direction is not None
-        short = self.nonempty(shorten(direction, 64), "minimum norm")
-        return short or self.nonempty(direction, "minimum norm")
+        return self._short(direction, "minimum norm")
 
     def _improve(self, point: tuple[int, ...]) -> tuple[int, ...] | None:
-        short = shorten(point, 64)  # few bits if the system allows it
+        short = shorten(point, 64)
         if first_failure(self.system, short) is None:
             return short
-        return refine(self.system, self.kept, self.scaled, point, self.deadline)
+        if not self._many():
+            return None
+        for direction, _ in refine(self.system, self.kept, self.scaled, self.scaled.rescale(point), self.deadline):
+            if direction is not None:
+                return direction
+        return None
 
     def exact_rows_only(self) -> Decision | None:
         """The rows without a radius may prove emptiness, or their direction may satisfy the others."""

@@ -14,6 +14,7 @@ from adcert.exact import Ints, System, row_slices, times
 
 Matrix = NDArray[np.float64]
 
+_GRAM = 4  # columns per row from which on p = A^T y is used
 _UNEVEN = 2.0**-8  # a column this low beside rows of size 1 is scaled up
 _ROUNDS = 12
 _STEPS = 16
@@ -55,13 +56,14 @@ def _column_shifts(size: Matrix) -> Ints:
 class Scaled:
     """Rows scaled by powers of two to a largest entry in [1/2, 1); columns too if their sizes differ much.
 
-    ``rows``: float64 [K, n]; ``radius``: the same or None; ``shift``: int64 [n]. A direction q of the scaled
-    system is ``p_j = q_j * 2**-shift_j`` of the given one.
+    ``rows``: float64 [K, n]; ``radius``: the same or None; ``shift``: int64 [n]; ``lift``: int64 [K]. Row k is
+    the given one times ``2**(lift_k - shift)``, a direction q is ``p_j = q_j * 2**-shift_j`` of the given system.
     """
 
     rows: Matrix
     radius: Matrix | None
     shift: Ints
+    lift: Ints
 
     @classmethod
     def of(cls, system: System, index: Ints) -> Scaled:
@@ -80,7 +82,7 @@ class Scaled:
             lift = -exponent.max(axis=1, initial=-(1 << 30))
             scaled = _shifted(rows, lift[:, None] - shift)
         wide = None if radius is None else _shifted(radius.astype(np.float64), lift[:, None] - shift)
-        return cls(scaled, wide, shift)
+        return cls(scaled, wide, shift, lift)
 
     @cached_property
     def norms(self) -> Matrix:
@@ -89,9 +91,13 @@ class Scaled:
         return np.where(norms > 0, norms, 1.0)
 
     @cached_property
-    def gram(self) -> Matrix:
-        """float64 [K, K]: inner products of the rows."""
-        return self.rows @ self.rows.T
+    def program(self) -> tuple[Matrix, Matrix | None]:
+        """A matrix M, and B or None: margin programs on M; with many columns M is the Gram matrix and p = B d."""
+        if self.radius is not None or self.rows.shape[1] <= _GRAM * self.rows.shape[0]:
+            return self.rows, None
+        gram = self.rows @ self.rows.T
+        top = np.abs(gram).max()
+        return gram / top, self.rows.T / top
 
     def margins(self, p: Matrix) -> Matrix:
         """float64 [K]: ``(<row, p> - <radius, |p|>) / |row|``, rounded."""
@@ -136,6 +142,11 @@ class Scaled:
             return None
         top = int(self.shift.max(initial=0))
         return tuple(x << (top - int(s)) for x, s in zip(q, self.shift, strict=True))
+
+    def rescale(self, p: Sequence[int]) -> tuple[int, ...]:
+        """The inverse: exact integers proportional to ``p_j * 2**shift_j``."""
+        least = int(self.shift.min(initial=0))
+        return tuple(x << (int(s) - least) for x, s in zip(p, self.shift, strict=True))
 
 
 def _transposed_times(matrix: Matrix, vector: Matrix) -> Matrix:

@@ -57,21 +57,48 @@ def _terms(system: System, index: Ints, p: Sequence[int]) -> list[tuple[Floats, 
 
 def exact_sign(system: System, k: int, p: Sequence[int]) -> int:
     """Sign of ``<a[k] - minus[k], p> - <radius[k], |p|>`` without any rounding."""
-    terms = _terms(system, np.array([k]), p)
     if system.is_narrow and max((abs(x) for x in p), default=0) <= 1 << NARROW_BITS:
+        terms = _terms(system, np.array([k]), p)
         products = [rows[0] * np.array(vector, dtype=np.float64) for rows, vector in terms]
         total: float = math.fsum(np.concatenate(products).tolist())
         return (total > 0) - (total < 0)
-    integers, _ = integer_rows(*(rows for rows, _ in terms))
-    pairs = zip(integers, terms, strict=True)
-    exact = sum(sum(map(int.__mul__, rows[0], vector)) for rows, (_, vector) in pairs)
+    exact, _ = _integer_value(system, k, p)
     return (exact > 0) - (exact < 0)
 
 
-def exact_values(system: System, index: Ints, p: Sequence[int]) -> tuple[NDArray[np.int8], Matrix, Ints] | None:
-    """Of the rows ``index``: exact signs, and m (float64, 0 or |m| >= 2**-1000), e (int64) with value ~ m * 2**e.
+def _integer_value(system: System, k: int, p: Sequence[int]) -> tuple[int, int]:
+    """``value, e``: the inner product is ``value * 2**e``."""
+    terms = _terms(system, np.array([k]), p)
+    integers, (exponent,) = integer_rows(*(rows for rows, _ in terms))
+    pairs = zip(integers, terms, strict=True)
+    return sum(sum(map(int.__mul__, rows[0], vector)) for rows, (_, vector) in pairs), exponent
 
-    None where a row's exponents differ so much that its digits would be too many.
+
+def exact_values(system: System, index: Ints, p: Sequence[int]) -> tuple[NDArray[np.int8], Matrix, Ints]:
+    """Of the rows ``index``: exact signs, and m (float64, of size 2**-53 to 2**53), e (int64) with value ~ m * 2**e.
+
+    >>> sign, m, e = exact_values(System.read([[1.0, -1.0], [1e300, 1.0]]), np.array([0, 1]), (3, 3))
+    >>> sign.tolist(), bool(m[1] * 2.0 ** e[1] == 3e300)
+    ([0, 1], True)
+    """
+    parts = [(np.zeros(0, dtype=np.int8), np.zeros(0), np.zeros(0, dtype=np.int64))]
+    for piece in row_slices((len(index), system.shape[1])):
+        some = index[piece]
+        parts.append(_digit_values(system, some, p) or _integer_values(system, some, p))
+    sign, mantissa, exponent = zip(*parts, strict=True)
+    return np.concatenate(sign), np.concatenate(mantissa), np.concatenate(exponent)
+
+
+def _integer_values(system: System, index: Ints, p: Sequence[int]) -> tuple[NDArray[np.int8], Matrix, Ints]:
+    values = [_integer_value(system, int(k), p) for k in index]
+    size = [max(0, value.bit_length() - 60) for value, _ in values]
+    mantissa = np.array([float(value >> s) for (value, _), s in zip(values, size, strict=True)])
+    exponent = np.array([e + s for (_, e), s in zip(values, size, strict=True)])
+    return np.sign(mantissa).astype(np.int8), mantissa, exponent
+
+
+def _digit_values(system: System, index: Ints, p: Sequence[int]) -> tuple[NDArray[np.int8], Matrix, Ints] | None:
+    """:func:`exact_values`; None where a row's exponents differ so much that its digits would be too many.
 
     Rows are cut into digits from the top and p from the bottom, each digit b bits and a sign, b so small that
     a sum of n products of digits is below 2**53: every matrix product is exact.
@@ -137,12 +164,9 @@ def _carry(levels: Ints, bits: int) -> NDArray[np.int8]:
 
 def exact_signs(system: System, index: Ints, p: Sequence[int]) -> NDArray[np.int8]:
     """int8 [len(index)]: :func:`exact_sign` of the rows ``index``."""
-    result = np.zeros(len(index), dtype=np.int8)
-    for part in row_slices((len(index), system.shape[1])):
-        some = index[part]
-        values = exact_values(system, some, p) if len(some) > _FEW else None
-        result[part] = [exact_sign(system, int(k), p) for k in some] if values is None else values[0]
-    return result
+    if len(index) > _FEW:
+        return exact_values(system, index, p)[0]
+    return np.array([exact_sign(system, int(k), p) for k in index], dtype=np.int8)
 
 
 def signs(system: System, p: Sequence[int]) -> NDArray[np.int8]:
