@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 import numpy as np
@@ -26,8 +27,8 @@ from adcert.exact import (
     times,
     true_integers,
 )
-from adcert.minnorm import OutOfTimeError, exact_seconds, minimum_norm
-from adcert.refine import refine, shorten
+from adcert.minnorm import OutOfTimeError, exact_seconds, minimum_norm, nearest_point
+from adcert.refine import along_face, refine, shorten
 from adcert.scaling import Scaled, distinct_lines, least_squares
 from adcert.signs import first_failure
 
@@ -133,6 +134,14 @@ def _is_proof(system: System, proof: Proof) -> bool:
     return bool(system.is_exact[list(rows)].all()) and combination_is_zero(system, rows, weights)
 
 
+def _floating(row: Sequence[int], shift: Ints) -> Matrix:
+    """The integers ``row`` as a row of the scaled picture, of largest entry about 1."""
+    bits = [abs(x).bit_length() - int(s) if x else -(1 << 30) for x, s in zip(row, shift, strict=True)]
+    top = max(bits)
+    pairs = zip(row, shift, strict=True)
+    return np.array([float(Fraction(x) / Fraction(2) ** (top + int(s))) for x, s in pairs])
+
+
 class _Search:
     """The stages of :func:`decide`, each of which returns a checked decision or None."""
 
@@ -161,7 +170,7 @@ class _Search:
         if self.system.radius is not None:
             yield self.exact_rows_only
         else:
-            yield from (self.support, self.refined, self.minimum_norm)
+            yield from (self.support, self.face, self.refined, self.minimum_norm)
 
     def nonempty(self, direction: Sequence[int] | None, reason: str) -> Decision | None:
         if direction is None or not _is_direction(self.system, direction):
@@ -269,8 +278,7 @@ class _Search:
         small = 1e-6 * np.abs(residual).max()
         if self.system.radius is not None or residual.min() < -small:
             return None
-        weights = self._relation([int(self.kept[i]) for i in np.flatnonzero(residual > small)])
-        return self.empty(weights, "dependent rows") if weights else None
+        return self._gordan([int(self.kept[i]) for i in np.flatnonzero(residual > small)], "dependent rows")
 
     def linear_program(self) -> Decision | None:
         """HiGHS's proposals; whatever goes wrong there, the exact stages that follow may still decide."""
@@ -293,8 +301,11 @@ class _Search:
 
     def support(self) -> Decision | None:
         """A Gordan proof from the rows with duals."""
-        weights = self._relation(sorted(self.duals)) if 0 < len(self.duals) <= self.system.shape[1] + 1 else None
-        return self.empty(weights, "highs") if weights else None
+        return self._gordan(sorted(self.duals), "highs")
+
+    def _gordan(self, index: Sequence[int], reason: str = "refined") -> Decision | None:
+        weights = self._relation(index) if 0 < len(index) <= self.system.shape[1] + 1 else None
+        return self.empty(weights, reason) if weights else None
 
     def refined(self) -> Decision | None:
         """More digits around HiGHS's direction, or its opposite: in a thin cone the two look alike."""
@@ -303,12 +314,31 @@ class _Search:
             return None
         return self._refine(point) or self._refine([-x for x in point])
 
+    def face(self) -> Decision | None:
+        """Where the rows with duals all but prove emptiness, the other rows decide along them."""
+        if not self._many() or not 0 < len(self.duals) < self.system.shape[1]:
+            return None
+        tight, normal = nearest_point(self.system, *self._start(), self.deadline)
+        if not any(normal):
+            return None
+        row = _floating(normal, self.scaled.shift)
+        places = np.searchsorted(self.kept, tight).tolist()
+        direction, union = along_face(self.scaled, places, row, self.low, self.deadline)
+        if direction is not None:
+            point = round_direction(direction, 53)
+            return self._refine(point) if point is not None else None
+        return self._gordan([int(self.kept[i]) for i in union])
+
+    def _start(self) -> tuple[list[int], list[int]]:
+        """The rows with duals and positive integers close to these."""
+        support = sorted(self.duals) or [int(self.kept[0])]
+        return support, [max(1, round(self.duals.get(k, 1.0) * 2.0**40)) for k in support]
+
     def _refine(self, point: Sequence[int]) -> Decision | None:
         for direction, duals in refine(self.system, self.kept, self.scaled, point, self.deadline):
             if direction is not None:
                 return self._short(direction, "refined")
-            self.duals = duals or self.duals
-            decision = self.support()
+            decision = self._gordan(sorted(duals))
             if decision is not None:
                 return decision
         return None
@@ -324,9 +354,7 @@ class _Search:
 
     def minimum_norm(self) -> Decision | None:
         """The exact end: Wolfe's algorithm from the support of the duals."""
-        support = sorted(self.duals) or [int(self.kept[0])]
-        start = [max(1, round(self.duals.get(k, 1.0) * 2.0**40)) for k in support]
-        direction, proof = minimum_norm(self.system, support, start, self.deadline, self._improve)
+        direction, proof = minimum_norm(self.system, *self._start(), self.deadline, self._improve)
         self.why = "the exact algorithm's answer did not pass its check"
         if proof is not None:
             return self.empty(proof, "minimum norm")

@@ -60,6 +60,21 @@ def minimum_norm(
         corral.add(failure, Rational(0))
 
 
+def nearest_point(
+    system: System, start: Sequence[int], weights: Sequence[int], deadline: float
+) -> tuple[list[int], tuple[int, ...]]:
+    """Of the rows ``start``: those whose convex hull holds the point of least norm in its interior, and the point.
+
+    >>> nearest_point(System.read([[1.0, 1.0], [1.0, -1.0]]), [0, 1], [1, 1], float("inf"))
+    ([0, 1], (1, 0))
+    """
+    corral = _Corral(system)
+    for row, weight in zip(start, weights, strict=True):
+        corral.add(row, Rational(weight))
+    point = tuple(corral.minimise(deadline))
+    return corral.index, point
+
+
 def exact_seconds(rows: int) -> float:
     """A guess of the time of one exact solve, which cannot be interrupted; 0 while it is negligible.
 

@@ -22,6 +22,7 @@ _BITS = 160  # kept of the point
 _ROUNDS = 6
 _REACH = 8  # log2 of the step's size over the size of the failing values
 _STEP_BITS = 30
+_FLAT = 1e-7  # of a row's length, below which what is left of it orthogonal to others is rounding
 
 
 def shorten(point: Sequence[int], bits: int) -> tuple[int, ...]:
@@ -54,6 +55,35 @@ def refine(
             yield direction, duals
             return
         yield None, duals
+
+
+def along_face(
+    scaled: Scaled, tight: Sequence[int], normal: Matrix, low: Matrix, deadline: float
+) -> tuple[Matrix | None, list[int]]:
+    """A floating direction orthogonal to the rows ``tight``, or the rows that with them seem to exclude any.
+
+    ``normal``: the combination of the rows ``tight`` nearest to zero. Where it is all but zero, a direction p
+    has to be all but orthogonal to these rows, and then ``<normal, p> > 0`` and the other rows, all restricted
+    to their orthogonal complement, decide.
+    """
+    rows = scaled.rows / scaled.norms[:, None]
+    basis, sizes, _ = np.linalg.svd(rows[tight].T)
+    frame = basis[:, int((sizes > _FLAT * sizes[0]).sum()) :]
+    rows = times(rows, frame)
+    others = np.flatnonzero(np.einsum("kn,kn->k", rows, rows) > _FLAT**2)
+    last = normal @ frame
+    length = float(np.sqrt(last @ last))
+    if others.size == 0 or length == 0:
+        return None, []
+    rows = np.concatenate([rows[others], last[None] / length])
+    order = np.append(low[others], 0.0)
+    try:
+        found = separate(rows, None, None, order, lambda d: times(rows, d), deadline)
+    except SolverError:
+        return None, []
+    if (found.values > 0).all():
+        return frame @ found.direction, []
+    return None, [*tight, *(int(others[i]) for i in found.duals if i < others.size)]
 
 
 def _step(
