@@ -24,6 +24,7 @@ from adcert.errors import AdcertError
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 
+_TINY, _LEAST = 5e-324, 2.0**-1022  # the least subnormal and the least normal number
 NARROW_BITS = 29  # 29 bits times the 24 of a float32 are the 53 of a float64
 _CHUNK = 1 << 22  # entries turned into integers at once
 _CACHED = 1 << 16  # entries of a run of rows
@@ -33,8 +34,7 @@ _SERIAL_PRODUCTS = 1 << 18  # products of a matrix with a matrix that it does wi
 
 def require_gradual_underflow() -> None:
     """Refuses to work on a thread that flushes subnormals to zero: there x - y == 0 does not mean x == y."""
-    tiny = np.array([5e-324, 2.0**-1022])
-    if not ((tiny > 0).all() and (tiny * 0.5 + tiny)[1] > tiny[1]):
+    if not (_TINY > 0.0 and _LEAST * 0.5 > 0.0):
         raise AdcertError(
             "this thread flushes subnormal numbers to zero, so exact comparisons are impossible; "
             "call torch.set_flush_denormal(False) on it"
@@ -75,7 +75,7 @@ def read_array(values: Any, name: str) -> Floats:
         array = rounded
     if array.dtype == np.float16:
         array = array.astype(np.float32)
-    if array.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+    if array.dtype not in (np.float32, np.float64):
         raise AdcertError(f"{name} has dtype {array.dtype}; float32 or float64 is needed")
     if array.ndim != 2:
         raise AdcertError(f"{name} has {array.ndim} dimensions; rows x columns is needed")
@@ -210,6 +210,8 @@ def combination_is_zero(system: System, index: Sequence[int], weights: Sequence[
     >>> combination_is_zero(System.read([[1.0], [-3.0]]), (0, 1), (3, 1))
     True
     """
+    if len(index) == 1 and weights[0] != 0:
+        return not system.difference[index[0]].any()  # zero only where the exact difference is
     columns = system.shape[1]
     step = max(1, _CHUNK // max(1, len(index)))
     for start in range(0, columns, step):

@@ -29,7 +29,7 @@ from adcert.exact import (
 )
 from adcert.minnorm import OutOfTimeError, exact_seconds, minimum_norm, nearest_point
 from adcert.refine import along_face, refine, shorten
-from adcert.scaling import Scaled, distinct_lines, least_squares
+from adcert.scaling import Scaled, distinct_lines, least_squares, transposed_times
 from adcert.signs import first_failure
 
 Matrix = NDArray[np.float64]
@@ -113,12 +113,12 @@ def check_proof(A: Any, proof: Proof, minus: Any = None, radius: Any = None) -> 
     return _is_proof(System.read(A, minus, radius), proof)
 
 
-def _is_integer(x: object) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
+def _are_integers(values: Sequence[object]) -> bool:
+    return set(map(type, values)) <= {int}  # neither bool nor NumPy's
 
 
 def _is_direction(system: System, direction: Sequence[int]) -> bool:
-    if len(direction) != system.shape[1] or not all(map(_is_integer, direction)):
+    if len(direction) != system.shape[1] or not _are_integers(direction):
         return False
     return first_failure(system, direction) is None
 
@@ -127,9 +127,9 @@ def _is_proof(system: System, proof: Proof) -> bool:
     rows, weights = proof.rows, proof.weights
     if not rows or len(rows) != len(weights) or len(set(rows)) != len(rows):
         return False
-    if not all(_is_integer(k) and 0 <= k < system.shape[0] for k in rows):
+    if not (_are_integers(rows) and _are_integers(weights)):
         return False
-    if not all(_is_integer(w) and w > 0 for w in weights):
+    if not (min(rows) >= 0 and max(rows) < system.shape[0] and min(weights) > 0):
         return False
     return bool(system.is_exact[list(rows)].all()) and combination_is_zero(system, rows, weights)
 
@@ -164,6 +164,7 @@ class _Search:
             self.column,
             self.warm_start,
             self.opposite_rows,
+            self.few_rows,
         )
         self.scaled = Scaled.of(self.system, self.kept)
         yield from (self.sum_of_rows, self.independent_rows, self.widened, self.linear_program)
@@ -208,16 +209,11 @@ class _Search:
 
     def column(self, reason: str = "column") -> Decision | None:
         """One entry that is strictly of one sign in every row, by more than its radius."""
-        difference = self.system.difference
-        columns = difference.shape[1]
-        if columns == 0:
-            return None
-        strict = np.where((difference > 0).all(axis=0), 1, np.where((difference < 0).all(axis=0), -1, 0))
-        if self.system.shape[0] == 1:  # any nonzero entry does; a radius may rule out some
-            strict = np.sign(difference[0]).astype(np.int64)
-        for j in np.flatnonzero(strict)[: 64 if self.system.radius is not None else 1]:
-            direction = [0] * columns
-            direction[int(j)] = int(strict[j])
+        low, high = self.system.difference.min(axis=0), self.system.difference.max(axis=0)
+        strict = np.flatnonzero((low > 0) | (high < 0))  # a radius may rule out some
+        for j in strict[: 64 if self.system.radius is not None else 1].tolist():
+            direction = [0] * low.size
+            direction[j] = 1 if low[j] > 0 else -1
             decision = self.nonempty(direction, reason)
             if decision is not None:
                 return decision
@@ -226,7 +222,7 @@ class _Search:
     def warm_start(self) -> Decision | None:
         if self.warm is None or len(self.warm) != self.system.shape[1]:
             return None
-        if all(map(_is_integer, self.warm)):
+        if _are_integers(self.warm):
             return self.nonempty([int(x) for x in self.warm], "warm direction")
         return self.nonempty(round_direction(np.array(self.warm, dtype=np.float64), NARROW_BITS), "warm direction")
 
@@ -239,6 +235,24 @@ class _Search:
             if decision:
                 return decision
         return None
+
+    def few_rows(self) -> Decision | None:
+        """Where a quarter of the rows lie on the far side of their sum, a few of them are likely to contradict."""
+        columns = self.system.shape[1]
+        count = max(60, 3 * columns)
+        if self.system.radius is not None or self.kept.size < 3 * count:
+            return None
+        difference = self.system.difference
+        with np.errstate(all="ignore"):  # a difference may overflow: this only chooses rows
+            low = times(difference, transposed_times(difference, np.ones(difference.shape[0])))[self.kept]
+        if 4 * np.count_nonzero(low <= 0) < low.size:
+            return None
+        even = np.linspace(0, low.size - 1, count // 2).astype(int)
+        index = self.kept[np.union1d(even, np.argpartition(low, count // 2)[: count // 2])]
+        part = _Search(self.system.take(index), None, self.deadline)
+        part.scaled, part.low = Scaled.of(part.system, part.kept), np.zeros(index.size)
+        part.linear_program()
+        return self._gordan([int(k) for k in index[sorted(part.duals)]], "highs")
 
     def _relation(self, index: Sequence[int]) -> dict[int, int] | None:
         """Weights of the linear relation of the rows ``index`` if there is only one and it is nonnegative."""

@@ -15,6 +15,7 @@ from adcert.exact import Ints, System, row_slices, times
 Matrix = NDArray[np.float64]
 
 _GRAM = 4  # columns per row from which on p = A^T y is used
+_CLOSE = 1e-9  # of ratios that may be equal but for rounding
 _UNEVEN = 2.0**-8  # a column this low beside rows of size 1 is scaled up
 _ROUNDS = 12
 _STEPS = 16
@@ -108,7 +109,7 @@ class Scaled:
 
     def mean_direction(self) -> Matrix:
         """float64 [n]: the sum of the normalised rows, normalised."""
-        return _unit(_transposed_times(self.rows, 1.0 / self.norms))
+        return _unit(transposed_times(self.rows, 1.0 / self.norms))
 
     def widen(self, p: Matrix, margins: Matrix, seconds: float) -> tuple[Matrix, Matrix]:
         """Newton steps that lift the lowest margins to a common level: the best direction and its margins.
@@ -149,7 +150,7 @@ class Scaled:
         return tuple(x << (int(s) - least) for x, s in zip(p, self.shift, strict=True))
 
 
-def _transposed_times(matrix: Matrix, vector: Matrix) -> Matrix:
+def transposed_times(matrix: Matrix, vector: Matrix) -> Matrix:
     """``matrix.T @ vector`` without BLAS threads; see :func:`adcert.exact.times`."""
     step = max(1, _SERIAL // max(1, matrix.shape[1]))
     result = np.zeros(matrix.shape[1])
@@ -162,7 +163,7 @@ def least_squares(matrix: Matrix, target: Matrix, damping: float, steps: int) ->
     """Conjugate gradients (CGLS, from zero) for min |matrix x - target|^2 + damping |x|^2."""
     solution = np.zeros(matrix.shape[1])
     residual = target.copy()
-    gradient = _transposed_times(matrix, residual)
+    gradient = transposed_times(matrix, residual)
     search, size = gradient, float(gradient @ gradient)
     goal = size * 1e-20
     for _ in range(steps):
@@ -172,7 +173,7 @@ def least_squares(matrix: Matrix, target: Matrix, damping: float, steps: int) ->
         length = size / float(image @ image + damping * (search @ search))
         solution = solution + length * search
         residual = residual - length * image
-        gradient = _transposed_times(matrix, residual) - damping * solution
+        gradient = transposed_times(matrix, residual) - damping * solution
         before, size = size, float(gradient @ gradient)
         search = gradient + (size / before) * search
     return solution
@@ -197,8 +198,31 @@ class _Fingerprint:
         return np.asarray((bits * self.odd).sum(axis=1, dtype=np.uint64))
 
 
+def _suspects(rows: Matrix) -> Ints:
+    """Rows (sorted) that may be proportional to another one: a ratio of two inner products is the same there."""
+    angle = np.arange(1.0, rows.shape[1] + 1) ** 2
+    with np.errstate(all="ignore"):
+        products = times(rows, np.stack([np.sin(angle), np.cos(angle)], axis=1))
+        ratio = products[:, 0] / products[:, 1]
+        order = np.argsort(ratio)
+        ratio = ratio[order]
+        close = np.abs(np.diff(ratio)) <= _CLOSE * np.abs(ratio[1:])
+    return np.unique(np.concatenate([order[:-1][close], order[1:][close]]))
+
+
 def distinct_lines(system: System) -> tuple[Ints, list[tuple[int, int]]]:
-    """Indices of one row per ray (sorted), and pairs of rows without radius that seem opposite.
+    """Indices of one row per ray (sorted), and pairs of rows without radius that seem opposite."""
+    suspects = _suspects(_finite_difference(system))
+    if suspects.size == 0:
+        return np.arange(system.shape[0]), []
+    kept, opposite = _compare_lines(system.take(suspects))
+    alone = np.ones(system.shape[0], dtype=np.bool_)
+    alone[np.delete(suspects, kept)] = False
+    return np.flatnonzero(alone), [(int(suspects[i]), int(suspects[j])) for i, j in opposite]
+
+
+def _compare_lines(system: System) -> tuple[Ints, list[tuple[int, int]]]:
+    """:func:`distinct_lines` by comparing all rows.
 
     Dividing by the largest entry maps proportional rows to bitwise equal ones, since division rounds
     correctly. Both answers are guesses where the differences were rounded: the caller checks them.

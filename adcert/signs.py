@@ -190,6 +190,12 @@ def first_failure(system: System, p: Sequence[int]) -> int | None:
     """
     if system.shape[0] == 0:
         return None
+    if system.radius is None and len(p) - p.count(0) == 1:
+        # Rounded once, an entry a - minus keeps its sign, and with one entry of p that is all there is.
+        j, sign = next((j, x) for j, x in enumerate(p) if x)
+        column = system.difference[:, j]
+        failing = np.flatnonzero(~(column > 0 if sign > 0 else column < 0))
+        return int(failing[0]) if failing.size else None
     value, bound = estimate(system, p)
     low = ~(value > bound)  # a difference that overflows can make the value NaN
     if not low.any():
