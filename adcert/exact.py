@@ -26,6 +26,7 @@ Ints = NDArray[np.int64]
 
 _TINY, _LEAST = 5e-324, 2.0**-1022  # the least subnormal and the least normal number
 NARROW_BITS = 29  # 29 bits times the 24 of a float32 are the 53 of a float64
+_LONG = 100  # bits of an integer worth shortening
 _CHUNK = 1 << 22  # entries turned into integers at once
 _CACHED = 1 << 16  # entries of a run of rows
 _SERIAL = 9000  # entries that OpenBLAS multiplies by a vector without threads
@@ -153,6 +154,11 @@ class System:
         minus, radius = (None if x is None else x[index] for x in (self.minus, self.radius))
         return System(self.a[index], minus, radius)
 
+    def columns(self, part: slice) -> System:
+        """The system of some columns."""
+        minus, radius = (None if x is None else x[:, part] for x in (self.minus, self.radius))
+        return System(self.a[:, part], minus, radius)
+
 
 def decode(values: Floats) -> tuple[Ints, Ints]:
     """Exact ``values == mantissa * 2**exponent`` (int64, same shape), every mantissa odd or zero.
@@ -160,34 +166,30 @@ def decode(values: Floats) -> tuple[Ints, Ints]:
     >>> decode(np.array([0.75, -6.0, 0.0]))
     (array([ 3, -3,  0]), array([-2,  1,  0]))
     """
-    bits = np.ascontiguousarray(values, dtype=np.float64).view(np.int64)
-    field = (bits >> 52) & 0x7FF
-    mantissa = (bits & ((1 << 52) - 1)) | np.where(field > 0, np.int64(1 << 52), 0)
-    exponent = np.maximum(field, 1) - 1075
-    low = mantissa & -mantissa
-    zeros = np.where(mantissa == 0, 0, np.frexp(low.astype(np.float64))[1] - 1)
-    mantissa = np.where(bits < 0, -1, 1) * (mantissa >> zeros)
-    return mantissa, np.where(mantissa == 0, 0, exponent + zeros)
+    fraction, exponent = np.frexp(np.asarray(values, dtype=np.float64))
+    mantissa = (fraction * 2.0**53).astype(np.int64)
+    low = (mantissa & -mantissa).astype(np.float64)  # a power of two, or zero
+    zeros = np.maximum(np.frexp(low)[1] - 1, 0)
+    return mantissa >> zeros, np.where(mantissa == 0, 0, exponent.astype(np.int64) + (zeros - 53))
+
+
+def _aligned(terms: Sequence[Floats]) -> tuple[NDArray[Any], Ints]:
+    """Integers [terms, K, n] (int64 below 2**61, else Python's) and int64 [K]: ``terms[t][k] == i[t, k] * 2**e[k]``."""
+    mantissa, exponent = decode(np.stack(terms))
+    zero = mantissa == 0
+    unset = 1 << 30
+    least = np.where(zero, unset, exponent).min(axis=(0, 2), initial=unset)
+    least[least == unset] = 0
+    shift = np.where(zero, 0, exponent - least[:, None])
+    if shift.size and int((np.frexp(mantissa.astype(np.float64))[1] + shift).max()) > 61:
+        return mantissa.astype(object) << shift.astype(object), least
+    return mantissa << shift, least
 
 
 def integer_rows(*terms: Floats) -> tuple[list[list[list[int]]], list[int]]:
     """``terms`` (each [K, n]) as Python integers: ``terms[t][k] == result[t][k] * 2**exponent[k]``."""
-    decoded = [decode(term) for term in terms]
-    count = terms[0].shape[0]
-    unset = 1 << 30
-    least = np.full(count, unset, dtype=np.int64)
-    for mantissa, exponent in decoded:
-        least = np.minimum(least, np.where(mantissa == 0, unset, exponent).min(axis=1, initial=unset))
-    least = np.where(least == unset, 0, least)
-    result = []
-    for mantissa, exponent in decoded:
-        shift = np.where(mantissa == 0, 0, exponent - least[:, None])
-        if shift.size == 0 or int((np.frexp(mantissa.astype(np.float64))[1] + shift).max()) <= 61:
-            result.append((mantissa << shift).tolist())
-        else:
-            pairs = zip(mantissa.tolist(), shift.tolist(), strict=True)
-            result.append([[m << s for m, s in zip(ms, ss, strict=True)] for ms, ss in pairs])
-    return result, [int(e) for e in least]
+    integers, exponents = _aligned(terms)
+    return integers.tolist(), exponents.tolist()
 
 
 def true_integers(system: System, index: Sequence[int]) -> tuple[list[list[int]], list[int]]:
@@ -196,12 +198,17 @@ def true_integers(system: System, index: Sequence[int]) -> tuple[list[list[int]]
     >>> true_integers(System.read([[0.5, 1.0]], [[0.25, 0.0]]), [0])
     ([[1, 4]], [-2])
     """
+    integers, exponents = _true_array(system, index)
+    return integers.tolist(), exponents.tolist()
+
+
+def _true_array(system: System, index: Sequence[int]) -> tuple[NDArray[Any], Ints]:
     rows = np.asarray(index, dtype=np.int64)
     if system.minus is None:
-        (first,), exponents = integer_rows(system.a[rows])
-        return first, exponents
-    (first, second), exponents = integer_rows(system.a[rows], system.minus[rows])
-    return [[x - y for x, y in zip(r, s, strict=True)] for r, s in zip(first, second, strict=True)], exponents
+        (integers,), exponents = _aligned([system.a[rows]])
+        return integers, exponents
+    (first, second), exponents = _aligned([system.a[rows], system.minus[rows]])
+    return first - second, exponents
 
 
 def combination_is_zero(system: System, index: Sequence[int], weights: Sequence[int]) -> bool:
@@ -215,14 +222,21 @@ def combination_is_zero(system: System, index: Sequence[int], weights: Sequence[
     columns = system.shape[1]
     step = max(1, _CHUNK // max(1, len(index)))
     for start in range(0, columns, step):
-        part = slice(start, start + step)
-        narrow = System(system.a[:, part], None if system.minus is None else system.minus[:, part], None)
-        rows, exponents = true_integers(narrow, index)
-        least = min(exponents, default=0)
-        scaled = [w << (e - least) for w, e in zip(weights, exponents, strict=True)]
-        if any(x != 0 for x in (flint.fmpz_mat([scaled]) * flint.fmpz_mat(rows)).entries()):
+        rows, exponents = _true_array(system.columns(slice(start, start + step)), index)
+        least = int(exponents.min(initial=1 << 30))
+        scaled = [w << (e - least) for w, e in zip(weights, exponents.tolist(), strict=True)]
+        if not _vanishes(scaled, rows):
             return False
     return True
+
+
+def _vanishes(weights: list[int], rows: NDArray[Any]) -> bool:
+    if rows.dtype == np.int64 and rows.size:
+        largest = max(int(rows.max()), -int(rows.min())), max(map(abs, weights))
+        if len(weights) * largest[0] * largest[1] < 1 << 62:
+            return not (np.array(weights) @ rows).any()
+    product = flint.fmpz_mat([weights]) * flint.fmpz_mat(rows.tolist())
+    return all(x == 0 for x in product.entries())
 
 
 def relation(rows: list[list[int]]) -> list[int] | None:
@@ -231,7 +245,7 @@ def relation(rows: list[list[int]]) -> list[int] | None:
     >>> relation([[1, 2], [-2, -4]])
     [2, 1]
     """
-    matrix = flint.fmpz_mat(rows)
+    matrix = flint.fmpz_mat(_without_common_factors(rows))
     if matrix.ncols() > 2 * matrix.nrows():
         matrix = matrix * matrix.transpose()  # over the rationals the Gram matrix has the same left null space
     basis, nullity = matrix.transpose().nullspace()
@@ -239,6 +253,14 @@ def relation(rows: list[list[int]]) -> list[int] | None:
         return None
     weights = primitive([int(basis[i, 0]) for i in range(len(rows))])
     return weights if sum(weights) >= 0 else [-y for y in weights]
+
+
+def _without_common_factors(rows: list[list[int]]) -> list[list[int]]:
+    """The columns divided by their greatest common divisors, which changes no relation, where they are long."""
+    if max((abs(x) for row in rows for x in row), default=0).bit_length() <= _LONG:
+        return rows
+    divisors = [math.gcd(*column) or 1 for column in zip(*rows, strict=True)]
+    return [[x // d for x, d in zip(row, divisors, strict=True)] for row in rows]
 
 
 def primitive(vector: Sequence[int]) -> list[int]:

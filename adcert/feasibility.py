@@ -230,7 +230,7 @@ class _Search:
         """Keeps one row of each ray; two rows on opposite rays are a proof."""
         self.kept, opposite = distinct_lines(self.system)
         for k, other in opposite[:8]:
-            weights = self._relation([k, other])
+            weights = self._relation([k, other], int(np.argmax(np.abs(self.system.difference[k]))))
             decision = weights and self.empty(weights, "opposite rows")
             if decision:
                 return decision
@@ -254,11 +254,12 @@ class _Search:
         part.linear_program()
         return self._gordan([int(k) for k in index[sorted(part.duals)]], "highs")
 
-    def _relation(self, index: Sequence[int]) -> dict[int, int] | None:
-        """Weights of the linear relation of the rows ``index`` if there is only one and it is nonnegative."""
+    def _relation(self, index: Sequence[int], column: int | None = None) -> dict[int, int] | None:
+        """Weights of the linear relation of the rows ``index`` (in one column) if it is unique and nonnegative."""
         if exact_seconds(len(index)) > self.deadline - time.monotonic():
             return None
-        rows, exponents = true_integers(self.system, index)
+        part = slice(None) if column is None else slice(column, column + 1)
+        rows, exponents = true_integers(self.system.columns(part), index)
         weights = relation(rows)
         if weights is None or not all(y >= 0 for y in weights):
             return None

@@ -188,8 +188,9 @@ class _Fingerprint:
     """uint64 per row: equal for equal rows, different almost surely otherwise (-0.0 is 0.0)."""
 
     def __init__(self, columns: int) -> None:
-        generator = np.random.Generator(np.random.PCG64(20240501))  # its own: the user's generator is left alone
-        self.odd = generator.integers(0, 1 << 63, size=columns, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+        mixed = np.arange(1, columns + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # as in SplitMix64
+        self.odd = (mixed ^ (mixed >> np.uint64(27))) | np.uint64(1)
 
     def __call__(self, rows: Matrix) -> NDArray[np.uint64]:
         bits = (rows + 0.0).view(np.uint64)
@@ -215,9 +216,12 @@ def distinct_lines(system: System) -> tuple[Ints, list[tuple[int, int]]]:
     suspects = _suspects(_finite_difference(system))
     if suspects.size == 0:
         return np.arange(system.shape[0]), []
+    if suspects.size == system.shape[0]:
+        return _compare_lines(system)
     kept, opposite = _compare_lines(system.take(suspects))
     alone = np.ones(system.shape[0], dtype=np.bool_)
-    alone[np.delete(suspects, kept)] = False
+    alone[suspects] = False
+    alone[suspects[kept]] = True
     return np.flatnonzero(alone), [(int(suspects[i]), int(suspects[j])) for i, j in opposite]
 
 
@@ -235,7 +239,7 @@ def _compare_lines(system: System) -> tuple[Ints, list[tuple[int, int]]]:
         piece = rows[part]
         top = np.abs(piece).max(axis=1, initial=0.0)
         top[top == 0] = 1.0
-        first = np.take_along_axis(piece, np.argmax(piece != 0, axis=1)[:, None], axis=1)[:, 0]
+        first = piece[np.arange(len(piece)), np.argmax(piece != 0, axis=1)] if columns else top
         turned[part] = first < 0
         line[part] = fingerprint(piece / np.where(first < 0, -top, top)[:, None])
         if system.radius is not None:
@@ -243,6 +247,6 @@ def _compare_lines(system: System) -> tuple[Ints, list[tuple[int, int]]]:
     ray = np.where(turned, line * np.uint64(5) + np.uint64(1), line)
     kept = np.sort(np.unique(ray, return_index=True)[1])
     exact = kept[system.is_exact[kept]]
-    plus, minus = exact[~turned[exact]], exact[turned[exact]]
-    _, i, j = np.intersect1d(line[plus], line[minus], return_indices=True)
-    return kept, [(int(plus[x]), int(minus[y])) for x, y in zip(i, j, strict=True)]
+    order = exact[np.argsort(line[exact])]  # one row is left of each ray, so two of a line are opposite
+    twice = np.flatnonzero(line[order[1:]] == line[order[:-1]]).tolist()
+    return kept, [(int(order[i]), int(order[i + 1])) for i in twice]
