@@ -121,9 +121,7 @@ def _step(
     return tuple(x + d for x, d in zip(base, moved, strict=True)), duals, found.margin
 
 
-def _values(
-    system: System, index: Ints, scaled: Scaled, near: Ints, point: Sequence[int], length: int
-) -> Matrix:
+def _values(system: System, index: Ints, scaled: Scaled, near: Ints, point: Sequence[int], length: int) -> Matrix:
     """Nearly exact values of the scaled rows along ``point / 2**length``."""
     direction = scaled.unscale(point)
     assert direction is not None

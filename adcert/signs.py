@@ -202,7 +202,8 @@ def first_failure(system: System, p: Sequence[int]) -> int | None:
         return None
     wrong = value < -bound
     if wrong.any():
-        return int(np.argmin(np.where(wrong, value / system.magnitude, 0.0)))
+        with np.errstate(invalid="ignore"):  # infinity over infinity, in rows that are not wrong
+            return int(np.argmin(np.where(wrong, value / system.magnitude, 0.0)))
     unknown = np.flatnonzero(low)
     failing = np.flatnonzero(exact_signs(system, unknown, p) <= 0)
     return int(unknown[failing[0]]) if failing.size else None
