@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from systems import fourier_motzkin, integers, planted
 
-from adcert import _highs, feasibility, minnorm
+from adcert import _highs, minnorm, search
 from adcert.errors import AdcertError
 from adcert.exact import System, decode, integer_rows, relation
 from adcert.feasibility import Decision, Proof, check_direction, check_proof, decide
@@ -565,7 +565,7 @@ def test_four_threads_decide_different_systems_at_once() -> None:
 
 def test_a_few_rows_contradict_many(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = large(3000, 12, nonempty=False)
-    monkeypatch.setattr(feasibility._Search, "sum_of_rows", lambda self: pytest.fail("not needed"))
+    monkeypatch.setattr(search.Search, "sum_of_rows", lambda self: pytest.fail("not needed"))
     decision = decide(rows)
     assert decision.reason == "highs"
     assert_sound(rows, decision)
@@ -585,7 +585,7 @@ def test_repeated_rows_among_others() -> None:
 @pytest.mark.parametrize(("rows", "columns"), [(4000, 12), (1500, 60)])
 def test_thin_cones_of_many_rows(rows: int, columns: int, relative: float, monkeypatch: pytest.MonkeyPatch) -> None:
     """The programs refined around exact values find the cone; the exact algorithm would take minutes."""
-    monkeypatch.setattr(feasibility, "minimum_norm", lambda *arguments: pytest.fail("not needed"))
+    monkeypatch.setattr(search, "minimum_norm", lambda *arguments: pytest.fail("not needed"))
     rng = np.random.default_rng(columns)
     hidden = rng.standard_normal(columns)
     hidden /= np.linalg.norm(hidden)
@@ -602,7 +602,7 @@ def test_one_unit_in_the_last_place_decides_along_a_face(
     columns: int, nonempty: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five rows of a plane all but cancel, thousands lie on one side of it: no float separates them."""
-    monkeypatch.setattr(feasibility, "minimum_norm", lambda *arguments: pytest.fail("not needed"))
+    monkeypatch.setattr(search, "minimum_norm", lambda *arguments: pytest.fail("not needed"))
     rng = np.random.default_rng(columns)
     hidden = np.append(rng.integers(1, 50, size=columns - 1), 1)  # all positive: the sign of a nudge is its side
     base = rng.integers(-512, 512, size=(4, columns))
@@ -621,7 +621,7 @@ def test_one_unit_in_the_last_place_decides_along_a_face(
 
 
 def test_exact_work_beyond_the_budget_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feasibility, "exact_seconds", lambda rows: math.inf)
+    monkeypatch.setattr(search, "exact_seconds", lambda rows: math.inf)
     monkeypatch.setattr(minnorm, "exact_seconds", lambda rows: math.inf)
     decision = decide([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
     assert decision.nonempty is None
