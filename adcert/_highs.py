@@ -21,7 +21,14 @@ from adcert.errors import AdcertError
 Matrix = NDArray[np.float64]
 
 _local = threading.local()
-_OPTIONS = (("output_flag", False), ("threads", 1), ("presolve", "off"), ("solver", "simplex"))
+_OPTIONS = (
+    ("output_flag", False),
+    ("threads", 1),
+    ("presolve", "off"),
+    ("solver", "simplex"),
+    # With perturbed costs the dual simplex method runs on for ever where a hundred rows all but cancel.
+    ("dual_simplex_cost_perturbation_multiplier", 0.0),
+)
 _SMALLEST = 1e-8  # HiGHS drops entries below 1e-9 by itself
 
 

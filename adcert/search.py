@@ -5,6 +5,7 @@ Each stage proposes and returns what passed the exact check, or None.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
@@ -138,18 +139,20 @@ class Search:
         return None
 
     def few_rows(self) -> Decision | None:
-        """Where a quarter of the rows lie on the far side of their sum, a few of them are likely to contradict."""
+        """Where a quarter of the rows lie on the far side of their sum, a few of them are likely to be a proof."""
         columns = self.system.shape[1]
-        count = max(60, 3 * columns)
-        if self.system.radius is not None or self.kept.size < 3 * count:
+        # Of N rows in general position, each as likely as its opposite, at least that many of n columns are
+        # contradictory with probability 0.999 (Wendel: the chance is that of n heads or more in N - 1 tosses).
+        count = 2 * columns + 8 * math.isqrt(columns) + 8
+        if self.system.radius is not None or self.kept.size < 4 * count:
             return None
         difference = self.system.difference
         with np.errstate(all="ignore"):  # a difference may overflow: this only chooses rows
             low = times(difference, transposed_times(difference, np.ones(difference.shape[0])))[self.kept]
         if 4 * np.count_nonzero(low <= 0) < low.size:
             return None
-        even = np.linspace(0, low.size - 1, count // 2).astype(int)
-        index = self.kept[np.union1d(even, np.argpartition(low, count // 2)[: count // 2])]
+        even = np.linspace(0, low.size - 1, count).astype(int)
+        index = self.kept[np.union1d(even, np.argpartition(low, count // 4)[: count // 4])]
         part = Search(self.system.take(index), None, self.deadline)
         part.scaled, part.low = Scaled.of(part.system, part.kept), np.zeros(index.size)
         part.linear_program()
