@@ -29,6 +29,8 @@ _OPTIONS = (
     # With perturbed costs the dual simplex method runs on for ever where a hundred rows all but cancel.
     ("dual_simplex_cost_perturbation_multiplier", 0.0),
 )
+# The rows are scaled already and another scaling doubles the iterations, but without it some programs stall.
+_FAST, _SAFE = 0, 1
 _SMALLEST = 1e-8  # HiGHS drops entries below 1e-9 by itself
 
 
@@ -129,7 +131,9 @@ class MarginProgram:
             self.solver.setOptionValue("time_limit", self.solver.getRunTime() + remaining),
             "option time_limit",
         )
-        status = self.solver.run()
+        status = self._run(_FAST, 4 * self.columns + 200)
+        if self.solver.getModelStatus() == highspy.HighsModelStatus.kIterationLimit:
+            status = self._run(_SAFE, int(highspy.kHighsIInf))
         model = self.solver.getModelStatus()
         if status != highspy.HighsStatus.kOk or model != highspy.HighsModelStatus.kOptimal:
             raise SolverError(f"HiGHS: run returned {status}, model status {model}")
@@ -142,3 +146,8 @@ class MarginProgram:
         if self.split:
             direction = direction[: self.columns] - direction[self.columns :]
         return Guess(float(values[-1]), direction, duals)
+
+    def _run(self, scaling: int, iterations: int) -> Any:
+        for name, value in (("simplex_scale_strategy", scaling), ("simplex_iteration_limit", iterations)):
+            _require(self.solver.setOptionValue(name, value), f"option {name}")
+        return self.solver.run()

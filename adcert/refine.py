@@ -21,6 +21,7 @@ from adcert.signs import exact_values, first_failure
 _BITS = 160  # kept of the point
 _ROUNDS = 6
 _REACH = 8  # log2 of the step's size over the size of the failing values
+_FARTHEST = 32
 _STEP_BITS = 30
 _FLAT = 1e-7  # of a row's length, below which what is left of it orthogonal to others is rounding
 
@@ -55,6 +56,8 @@ def refine(
             yield direction, duals
             return
         yield None, duals
+        if reach > _FARTHEST:
+            return
 
 
 def along_face(

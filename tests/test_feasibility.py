@@ -717,6 +717,21 @@ def test_solver_really_optimises() -> None:
     assert with_radius.direction.tolist() == pytest.approx([1.0, 0.0])
 
 
+def test_a_stalled_program_is_solved_with_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, calls = _highs.MarginProgram._run, []
+
+    def impatient(self: _highs.MarginProgram, scaling: int, iterations: int) -> Any:
+        calls.append(scaling)
+        return run(self, scaling, iterations if scaling else 1)
+
+    monkeypatch.setattr(_highs.MarginProgram, "_run", impatient)
+    rows = large(40, 12, nonempty=True).astype(np.float64)
+    guess = _highs.MarginProgram(rows, None).solve()
+    assert calls == [0, 1]
+    assert (rows @ guess.direction > 0.99 * guess.margin).all()
+    assert guess.margin > 0
+
+
 def test_empty_model_is_refused_by_highs() -> None:
     """Why statuses are checked: a refused model leaves ``run`` reporting success with objective 0."""
     solver = highspy.Highs()
