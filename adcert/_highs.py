@@ -6,6 +6,7 @@ the same, because a refused model followed by ``run`` reports success with objec
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from dataclasses import dataclass
@@ -20,7 +21,16 @@ from adcert.errors import AdcertError
 Matrix = NDArray[np.float64]
 
 _local = threading.local()
-_OPTIONS = (("output_flag", False), ("threads", 1), ("presolve", "off"), ("solver", "simplex"))
+_OPTIONS = (
+    ("output_flag", False),
+    ("threads", 1),
+    ("presolve", "off"),
+    ("solver", "simplex"),
+    # With perturbed costs the dual simplex method runs on for ever where a hundred rows all but cancel.
+    ("dual_simplex_cost_perturbation_multiplier", 0.0),
+)
+# The rows are scaled already and another scaling doubles the iterations, but without it some programs stall.
+_FAST, _SAFE = 0, 1
 _SMALLEST = 1e-8  # HiGHS drops entries below 1e-9 by itself
 
 
@@ -56,10 +66,13 @@ class MarginProgram:
     """A margin program that grows by rows and hot-starts. Its rows should have entries of size about 1.
 
     With a radius every unknown is split into p = u - v, u, v in [0, 1]: at an optimum ``<a, p> - <r, |p|>``
-    is then the coefficient a - r on u and -(a + r) on v. ``offsets`` are added to the rows' values.
+    is then the coefficient a - r on u and -(a + r) on v. ``offsets`` are added to the rows' values, and c may
+    then be as low as -1.
     """
 
-    def __init__(self, rows: Matrix, radius: Matrix | None, deadline: float, offsets: Matrix | None = None) -> None:
+    def __init__(
+        self, rows: Matrix, radius: Matrix | None, offsets: Matrix | None = None, *, deadline: float = math.inf
+    ) -> None:
         self.columns = rows.shape[1]
         self.split = radius is not None
         self.deadline = deadline
@@ -67,7 +80,7 @@ class MarginProgram:
         coefficients = self._coefficients(rows, radius)
         count, width = coefficients.shape
         cost, lower = np.zeros(width), np.full(width, 0.0 if self.split else -1.0)
-        cost[-1], lower[-1] = 1.0, 0.0
+        cost[-1], lower[-1] = 1.0, 0.0 if offsets is None else -1.0
         starts, index, values = self._sparse(coefficients)
         status = self.solver.passModel(
             width,
@@ -118,7 +131,9 @@ class MarginProgram:
             self.solver.setOptionValue("time_limit", self.solver.getRunTime() + remaining),
             "option time_limit",
         )
-        status = self.solver.run()
+        status = self._run(_FAST, 4 * self.columns + 200)
+        if self.solver.getModelStatus() == highspy.HighsModelStatus.kIterationLimit:
+            status = self._run(_SAFE, int(highspy.kHighsIInf))
         model = self.solver.getModelStatus()
         if status != highspy.HighsStatus.kOk or model != highspy.HighsModelStatus.kOptimal:
             raise SolverError(f"HiGHS: run returned {status}, model status {model}")
@@ -131,3 +146,8 @@ class MarginProgram:
         if self.split:
             direction = direction[: self.columns] - direction[self.columns :]
         return Guess(float(values[-1]), direction, duals)
+
+    def _run(self, scaling: int, iterations: int) -> Any:
+        for name, value in (("simplex_scale_strategy", scaling), ("simplex_iteration_limit", iterations)):
+            _require(self.solver.setOptionValue(name, value), f"option {name}")
+        return self.solver.run()

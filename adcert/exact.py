@@ -24,18 +24,18 @@ from adcert.errors import AdcertError
 Floats = NDArray[np.floating[Any]]
 Ints = NDArray[np.int64]
 
+_TINY, _LEAST = 5e-324, 2.0**-1022  # the least subnormal and the least normal number
 NARROW_BITS = 29  # 29 bits times the 24 of a float32 are the 53 of a float64
-_UNIT = 2.0**-53
-_LARGEST = 600  # bits of a direction that the float64 filter keeps
+_LONG = 100  # bits of an integer worth shortening
 _CHUNK = 1 << 22  # entries turned into integers at once
 _CACHED = 1 << 16  # entries of a run of rows
-_SERIAL = 9000  # entries that OpenBLAS multiplies without threads
+_SERIAL = 9000  # entries that OpenBLAS multiplies by a vector without threads
+_SERIAL_PRODUCTS = 1 << 18  # products of a matrix with a matrix that it does without threads
 
 
 def require_gradual_underflow() -> None:
     """Refuses to work on a thread that flushes subnormals to zero: there x - y == 0 does not mean x == y."""
-    tiny = np.array([5e-324, 2.0**-1022])
-    if not ((tiny > 0).all() and (tiny * 0.5 + tiny)[1] > tiny[1]):
+    if not (_TINY > 0.0 and _LEAST * 0.5 > 0.0):
         raise AdcertError(
             "this thread flushes subnormal numbers to zero, so exact comparisons are impossible; "
             "call torch.set_flush_denormal(False) on it"
@@ -48,18 +48,18 @@ def row_slices(shape: tuple[int, int]) -> Iterator[slice]:
     return (slice(start, start + step) for start in range(0, shape[0], step))
 
 
-def times(matrix: NDArray[np.float64], vector: NDArray[np.float64]) -> NDArray[np.float64]:
-    """``matrix @ vector`` in pieces below the size at which BLAS wakes its threads.
+def times(matrix: NDArray[np.float64], factor: NDArray[np.float64]) -> NDArray[np.float64]:
+    """``matrix @ factor`` (a vector or a matrix) in pieces below the size at which BLAS wakes its threads.
 
     Beside a training loop that keeps every core busy, waiting for those threads costs up to a hundred times
     the product.
     """
-    if matrix.size <= _SERIAL:
-        return np.asarray(matrix @ vector)
-    result = np.empty(matrix.shape[0])
-    step = max(1, _SERIAL // matrix.shape[1])
+    step = max(1, _SERIAL // max(1, matrix.shape[1]) if factor.ndim == 1 else _SERIAL_PRODUCTS // max(1, factor.size))
+    if matrix.shape[0] <= step:
+        return np.asarray(matrix @ factor)
+    result = np.empty((matrix.shape[0], *factor.shape[1:]))
     for start in range(0, matrix.shape[0], step):
-        np.dot(matrix[start : start + step], vector, out=result[start : start + step])
+        np.dot(matrix[start : start + step], factor, out=result[start : start + step])
     return result
 
 
@@ -76,7 +76,7 @@ def read_array(values: Any, name: str) -> Floats:
         array = rounded
     if array.dtype == np.float16:
         array = array.astype(np.float32)
-    if array.dtype not in (np.dtype(np.float32), np.dtype(np.float64)):
+    if array.dtype not in (np.float32, np.float64):
         raise AdcertError(f"{name} has dtype {array.dtype}; float32 or float64 is needed")
     if array.ndim != 2:
         raise AdcertError(f"{name} has {array.ndim} dimensions; rows x columns is needed")
@@ -90,8 +90,8 @@ class System:
     """Rows ``a - minus`` known up to ``radius``; build it with :meth:`read`.
 
     >>> system = System.read([[1.0, 2.0]], minus=[[1.0, 0.0]])
-    >>> first_failure(system, (5, 1)) is None
-    True
+    >>> system.difference.tolist()
+    [[0.0, 2.0]]
     """
 
     a: Floats
@@ -154,6 +154,11 @@ class System:
         minus, radius = (None if x is None else x[index] for x in (self.minus, self.radius))
         return System(self.a[index], minus, radius)
 
+    def columns(self, part: slice) -> System:
+        """The system of some columns."""
+        minus, radius = (None if x is None else x[:, part] for x in (self.minus, self.radius))
+        return System(self.a[:, part], minus, radius)
+
 
 def decode(values: Floats) -> tuple[Ints, Ints]:
     """Exact ``values == mantissa * 2**exponent`` (int64, same shape), every mantissa odd or zero.
@@ -161,34 +166,30 @@ def decode(values: Floats) -> tuple[Ints, Ints]:
     >>> decode(np.array([0.75, -6.0, 0.0]))
     (array([ 3, -3,  0]), array([-2,  1,  0]))
     """
-    bits = np.ascontiguousarray(values, dtype=np.float64).view(np.int64)
-    field = (bits >> 52) & 0x7FF
-    mantissa = (bits & ((1 << 52) - 1)) | np.where(field > 0, np.int64(1 << 52), 0)
-    exponent = np.maximum(field, 1) - 1075
-    low = mantissa & -mantissa
-    zeros = np.where(mantissa == 0, 0, np.frexp(low.astype(np.float64))[1] - 1)
-    mantissa = np.where(bits < 0, -1, 1) * (mantissa >> zeros)
-    return mantissa, np.where(mantissa == 0, 0, exponent + zeros)
+    fraction, exponent = np.frexp(np.asarray(values, dtype=np.float64))
+    mantissa = (fraction * 2.0**53).astype(np.int64)
+    low = (mantissa & -mantissa).astype(np.float64)  # a power of two, or zero
+    zeros = np.maximum(np.frexp(low)[1] - 1, 0)
+    return mantissa >> zeros, np.where(mantissa == 0, 0, exponent.astype(np.int64) + (zeros - 53))
+
+
+def _aligned(terms: Sequence[Floats]) -> tuple[NDArray[Any], Ints]:
+    """Integers [terms, K, n] (int64 below 2**61, else Python's) and int64 [K]: ``terms[t][k] == i[t, k] * 2**e[k]``."""
+    mantissa, exponent = decode(np.stack(terms))
+    zero = mantissa == 0
+    unset = 1 << 30
+    least = np.where(zero, unset, exponent).min(axis=(0, 2), initial=unset)
+    least[least == unset] = 0
+    shift = np.where(zero, 0, exponent - least[:, None])
+    if shift.size and int((np.frexp(mantissa.astype(np.float64))[1] + shift).max()) > 61:
+        return mantissa.astype(object) << shift.astype(object), least
+    return mantissa << shift, least
 
 
 def integer_rows(*terms: Floats) -> tuple[list[list[list[int]]], list[int]]:
     """``terms`` (each [K, n]) as Python integers: ``terms[t][k] == result[t][k] * 2**exponent[k]``."""
-    decoded = [decode(term) for term in terms]
-    count = terms[0].shape[0]
-    unset = 1 << 30
-    least = np.full(count, unset, dtype=np.int64)
-    for mantissa, exponent in decoded:
-        least = np.minimum(least, np.where(mantissa == 0, unset, exponent).min(axis=1, initial=unset))
-    least = np.where(least == unset, 0, least)
-    result = []
-    for mantissa, exponent in decoded:
-        shift = np.where(mantissa == 0, 0, exponent - least[:, None])
-        if shift.size == 0 or int((np.frexp(mantissa.astype(np.float64))[1] + shift).max()) <= 61:
-            result.append((mantissa << shift).tolist())
-        else:
-            pairs = zip(mantissa.tolist(), shift.tolist(), strict=True)
-            result.append([[m << s for m, s in zip(ms, ss, strict=True)] for ms, ss in pairs])
-    return result, [int(e) for e in least]
+    integers, exponents = _aligned(terms)
+    return integers.tolist(), exponents.tolist()
 
 
 def true_integers(system: System, index: Sequence[int]) -> tuple[list[list[int]], list[int]]:
@@ -197,84 +198,17 @@ def true_integers(system: System, index: Sequence[int]) -> tuple[list[list[int]]
     >>> true_integers(System.read([[0.5, 1.0]], [[0.25, 0.0]]), [0])
     ([[1, 4]], [-2])
     """
+    integers, exponents = _true_array(system, index)
+    return integers.tolist(), exponents.tolist()
+
+
+def _true_array(system: System, index: Sequence[int]) -> tuple[NDArray[Any], Ints]:
     rows = np.asarray(index, dtype=np.int64)
     if system.minus is None:
-        (first,), exponents = integer_rows(system.a[rows])
-        return first, exponents
-    (first, second), exponents = integer_rows(system.a[rows], system.minus[rows])
-    return [[x - y for x, y in zip(r, s, strict=True)] for r, s in zip(first, second, strict=True)], exponents
-
-
-def estimate(system: System, p: Sequence[int]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """float64 [K] twice: ``|<row, p> - <radius, |p|> - value| <= bound``, infinite where floats fail.
-
-    The inner product of n terms errs by at most n u / (1 - n u) times the sum of magnitudes in any order of
-    summation, fused or not; the rounding of the difference, of p and of the last subtraction add three more
-    units, and the factor 2 covers the rounding of the bound itself. p is integral, so no product underflows.
-    A very long p is shifted down first: value and bound are then for p / 2**shift, and the truncation is far
-    below one unit of the largest.
-    """
-    columns = system.shape[1]
-    largest = max((abs(x) for x in p), default=0)
-    shift = max(0, largest.bit_length() - _LARGEST)
-    largest >>= shift
-    vector = np.array([float(x >> shift) for x in p])
-    with np.errstate(over="ignore", invalid="ignore"):
-        value = times(system.difference, vector)
-        if system.radius is not None:
-            value = value - times(system.radius.astype(np.float64), np.abs(vector))
-        bound = system.magnitude * (float(largest) * (2 * (columns + 8) * _UNIT)) + columns * 2.0**-1000
-    return value, np.where(np.isfinite(value) & np.isfinite(bound), bound, np.inf)
-
-
-def exact_sign(system: System, k: int, p: Sequence[int]) -> int:
-    """Sign of ``<a[k] - minus[k], p> - <radius[k], |p|>`` without any rounding."""
-    if system.is_narrow and max((abs(x) for x in p), default=0) <= 1 << NARROW_BITS:
-        vector = np.array([float(x) for x in p])
-        parts = [system.a[k] * vector]
-        if system.minus is not None:
-            parts.append(system.minus[k] * -vector)
-        if system.radius is not None:
-            parts.append(system.radius[k] * -np.abs(vector))
-        total: float = math.fsum(np.concatenate(parts).tolist())
-        return (total > 0) - (total < 0)
-    terms = [system.a[k : k + 1]]
-    signs = [list(p)]
-    if system.minus is not None:
-        terms.append(system.minus[k : k + 1])
-        signs.append([-x for x in p])
-    if system.radius is not None:
-        terms.append(system.radius[k : k + 1])
-        signs.append([-abs(x) for x in p])
-    integers, _ = integer_rows(*terms)
-    exact = sum(sum(map(int.__mul__, term[0], sign)) for term, sign in zip(integers, signs, strict=True))
-    return (exact > 0) - (exact < 0)
-
-
-def signs(system: System, p: Sequence[int]) -> NDArray[np.int8]:
-    """int8 [K]: the exact sign of ``<row, p> - <radius, |p|>`` for every row.
-
-    >>> signs(System.read([[1e308, 1e308], [5e-324, -5e-324]]), (1, 1)).tolist()
-    [1, 0]
-    """
-    value, bound = estimate(system, p)
-    result = (value > bound).astype(np.int8) - (value < -bound).astype(np.int8)
-    for k in np.flatnonzero(result == 0):
-        result[k] = exact_sign(system, int(k), p)
-    return result
-
-
-def first_failure(system: System, p: Sequence[int]) -> int | None:
-    """A row with ``<row, p> - <radius, |p|> <= 0`` (the worst floats can name), None if all are positive."""
-    if system.shape[0] == 0:
-        return None
-    value, bound = estimate(system, p)
-    if (value < -bound).any():
-        return int(np.argmin(np.where(value < -bound, value / system.magnitude, 0.0)))
-    for k in np.flatnonzero(value <= bound):
-        if exact_sign(system, int(k), p) <= 0:
-            return int(k)
-    return None
+        (integers,), exponents = _aligned([system.a[rows]])
+        return integers, exponents
+    (first, second), exponents = _aligned([system.a[rows], system.minus[rows]])
+    return first - second, exponents
 
 
 def combination_is_zero(system: System, index: Sequence[int], weights: Sequence[int]) -> bool:
@@ -283,17 +217,26 @@ def combination_is_zero(system: System, index: Sequence[int], weights: Sequence[
     >>> combination_is_zero(System.read([[1.0], [-3.0]]), (0, 1), (3, 1))
     True
     """
+    if len(index) == 1 and weights[0] != 0:
+        return not system.difference[index[0]].any()  # zero only where the exact difference is
     columns = system.shape[1]
     step = max(1, _CHUNK // max(1, len(index)))
     for start in range(0, columns, step):
-        part = slice(start, start + step)
-        narrow = System(system.a[:, part], None if system.minus is None else system.minus[:, part], None)
-        rows, exponents = true_integers(narrow, index)
-        least = min(exponents, default=0)
-        scaled = [w << (e - least) for w, e in zip(weights, exponents, strict=True)]
-        if any(x != 0 for x in (flint.fmpz_mat([scaled]) * flint.fmpz_mat(rows)).entries()):
+        rows, exponents = _true_array(system.columns(slice(start, start + step)), index)
+        least = int(exponents.min(initial=1 << 30))
+        scaled = [w << (e - least) for w, e in zip(weights, exponents.tolist(), strict=True)]
+        if not _vanishes(scaled, rows):
             return False
     return True
+
+
+def _vanishes(weights: list[int], rows: NDArray[Any]) -> bool:
+    if rows.dtype == np.int64 and rows.size:
+        largest = max(int(rows.max()), -int(rows.min())), max(map(abs, weights))
+        if len(weights) * largest[0] * largest[1] < 1 << 62:
+            return not (np.array(weights) @ rows).any()
+    product = flint.fmpz_mat([weights]) * flint.fmpz_mat(rows.tolist())
+    return all(x == 0 for x in product.entries())
 
 
 def relation(rows: list[list[int]]) -> list[int] | None:
@@ -302,7 +245,7 @@ def relation(rows: list[list[int]]) -> list[int] | None:
     >>> relation([[1, 2], [-2, -4]])
     [2, 1]
     """
-    matrix = flint.fmpz_mat(rows)
+    matrix = flint.fmpz_mat(_without_common_factors(rows))
     if matrix.ncols() > 2 * matrix.nrows():
         matrix = matrix * matrix.transpose()  # over the rationals the Gram matrix has the same left null space
     basis, nullity = matrix.transpose().nullspace()
@@ -310,6 +253,14 @@ def relation(rows: list[list[int]]) -> list[int] | None:
         return None
     weights = primitive([int(basis[i, 0]) for i in range(len(rows))])
     return weights if sum(weights) >= 0 else [-y for y in weights]
+
+
+def _without_common_factors(rows: list[list[int]]) -> list[list[int]]:
+    """The columns divided by their greatest common divisors, which changes no relation, where they are long."""
+    if max((abs(x) for row in rows for x in row), default=0).bit_length() <= _LONG:
+        return rows
+    divisors = [math.gcd(*column) or 1 for column in zip(*rows, strict=True)]
+    return [[x // d for x, d in zip(row, divisors, strict=True)] for row in rows]
 
 
 def primitive(vector: Sequence[int]) -> list[int]:

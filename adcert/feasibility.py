@@ -1,62 +1,20 @@
-"""Strict homogeneous systems A p > 0 (the sets P_l of Algorithm 1): screens, HiGHS, exact decision, proof.
+"""Strict homogeneous systems A p > 0 (the sets P_l of Algorithm 1): a direction or a proof of emptiness.
 
 Every direction and every proof that leaves :func:`decide` has passed :func:`check_direction` or
-:func:`check_proof`; the floating point stages in between only propose.
+:func:`check_proof`; the stages of :mod:`adcert.search` only propose.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+from adcert.answers import Decision, Proof, is_direction, is_proof
+from adcert.exact import System
+from adcert.search import Search
 
-from adcert._highs import MarginProgram, SolverError
-from adcert.exact import (
-    NARROW_BITS,
-    Ints,
-    System,
-    combination_is_zero,
-    first_failure,
-    relation,
-    round_direction,
-    times,
-    true_integers,
-)
-from adcert.minnorm import OutOfTimeError, exact_seconds, minimum_norm
-from adcert.refine import refine, shorten
-from adcert.scaling import Scaled, distinct_lines, least_squares
-
-Matrix = NDArray[np.float64]
-
-_FIRST_ROWS = 30  # rows of the first linear program beyond twice the columns, half of them those of lowest margin
-_MORE_ROWS = 150  # most violated rows added at a time
-_GRAM = 4  # columns per row from which on p = A^T y is used
-
-
-@dataclass(frozen=True)
-class Proof:
-    """Gordan: ``sum_k weights[k] * row[rows[k]] == 0`` exactly, weights positive integers."""
-
-    rows: tuple[int, ...]
-    weights: tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Decision:
-    """What is known about ``{p : A p > 0}``.
-
-    ``nonempty`` is True with integers ``direction``, False with a ``proof``, or None (undecided); ``reason``
-    names the stage that decided, or says why none did.
-    """
-
-    nonempty: bool | None
-    direction: tuple[int, ...] | None
-    proof: Proof | None
-    reason: str
+__all__ = ["Decision", "Proof", "check_direction", "check_proof", "decide"]
 
 
 def decide(
@@ -82,16 +40,7 @@ def decide(
     >>> decide([[1.0], [-1.0]]).proof
     Proof(rows=(0, 1), weights=(1, 1))
     """
-    system = System.read(A, minus, radius)
-    search = _Search(system, warm, time.monotonic() + seconds)
-    try:
-        for stage in search.stages():
-            decision = stage()
-            if decision is not None:
-                return decision
-    except OutOfTimeError as error:
-        return Decision(None, None, None, str(error))
-    return Decision(None, None, None, search.why)
+    return Search(System.read(A, minus, radius), warm, time.monotonic() + seconds).run()
 
 
 def check_direction(A: Any, direction: Sequence[int], minus: Any = None, radius: Any = None) -> bool:
@@ -100,7 +49,7 @@ def check_direction(A: Any, direction: Sequence[int], minus: Any = None, radius:
     >>> check_direction([[1.0, -1.0]], (1, 0)), check_direction([[1.0, -1.0]], (1, 1))
     (True, False)
     """
-    return _is_direction(System.read(A, minus, radius), direction)
+    return is_direction(System.read(A, minus, radius), direction)
 
 
 def check_proof(A: Any, proof: Proof, minus: Any = None, radius: Any = None) -> bool:
@@ -109,241 +58,4 @@ def check_proof(A: Any, proof: Proof, minus: Any = None, radius: Any = None) -> 
     >>> check_proof([[1.0], [-2.0]], Proof((0, 1), (2, 1)))
     True
     """
-    return _is_proof(System.read(A, minus, radius), proof)
-
-
-def _is_integer(x: object) -> bool:
-    return isinstance(x, int) and not isinstance(x, bool)
-
-
-def _is_direction(system: System, direction: Sequence[int]) -> bool:
-    if len(direction) != system.shape[1] or not all(map(_is_integer, direction)):
-        return False
-    return first_failure(system, direction) is None
-
-
-def _is_proof(system: System, proof: Proof) -> bool:
-    rows, weights = proof.rows, proof.weights
-    if not rows or len(rows) != len(weights) or len(set(rows)) != len(rows):
-        return False
-    if not all(_is_integer(k) and 0 <= k < system.shape[0] for k in rows):
-        return False
-    if not all(_is_integer(w) and w > 0 for w in weights):
-        return False
-    return bool(system.is_exact[list(rows)].all()) and combination_is_zero(system, rows, weights)
-
-
-class _Search:
-    """The stages of :func:`decide`, each of which returns a checked decision or None."""
-
-    def __init__(self, system: System, warm: Sequence[float] | None, deadline: float) -> None:
-        self.system = system
-        self.warm = warm
-        self.deadline = deadline
-        self.why = "no stage decided"
-        self.kept: Ints = np.arange(system.shape[0])
-        self.scaled: Scaled
-        self.guess: Matrix
-        self.low: Matrix
-        self.duals: dict[int, float] = {}
-
-    def stages(self) -> Iterator[Callable[[], Decision | None]]:
-        yield from (
-            self.no_rows,
-            self.zero_row,
-            self.single_row,
-            self.column,
-            self.warm_start,
-            self.opposite_rows,
-        )
-        self.scaled = Scaled.of(self.system, self.kept)
-        yield from (self.sum_of_rows, self.independent_rows, self.widened, self.linear_program)
-        yield self.exact_rows_only if self.system.radius is not None else self.minimum_norm
-
-    def nonempty(self, direction: Sequence[int] | None, reason: str) -> Decision | None:
-        if direction is None or not _is_direction(self.system, direction):
-            return None
-        return Decision(True, tuple(direction), None, reason)
-
-    def empty(self, weights: dict[int, int], reason: str) -> Decision | None:
-        order = sorted(weights)
-        proof = Proof(tuple(order), tuple(weights[k] for k in order))
-        return Decision(False, None, proof, reason) if _is_proof(self.system, proof) else None
-
-    def propose(self, p: Matrix, reason: str) -> Decision | None:
-        """Tries a floating direction of the scaled system at 29 bits, then with every bit it has."""
-        if not (self.scaled.margins(p) > 0).all():
-            return None
-        for bits in (NARROW_BITS, 53):
-            decision = self.nonempty(self.scaled.unscale(round_direction(p, bits)), reason)
-            if decision is not None:
-                return decision
-        return None
-
-    def no_rows(self) -> Decision | None:
-        rows, columns = self.system.shape
-        return Decision(True, (0,) * columns, None, "no rows") if rows == 0 else None
-
-    def zero_row(self) -> Decision | None:
-        # Float subtraction with gradual underflow is zero only where the exact difference is.
-        zero = ~self.system.difference.any(axis=1) & self.system.is_exact
-        return self.empty({int(np.argmax(zero)): 1}, "zero row") if zero.any() else None
-
-    def single_row(self) -> Decision | None:
-        if self.system.shape[0] > 1:
-            return None
-        return self.column(reason="single row")
-
-    def column(self, reason: str = "column") -> Decision | None:
-        """One entry that is strictly of one sign in every row, by more than its radius."""
-        difference = self.system.difference
-        columns = difference.shape[1]
-        if columns == 0:
-            return None
-        strict = np.where((difference > 0).all(axis=0), 1, np.where((difference < 0).all(axis=0), -1, 0))
-        if self.system.shape[0] == 1:  # any nonzero entry does; a radius may rule out some
-            strict = np.sign(difference[0]).astype(np.int64)
-        for j in np.flatnonzero(strict)[: 64 if self.system.radius is not None else 1]:
-            direction = [0] * columns
-            direction[int(j)] = int(strict[j])
-            decision = self.nonempty(direction, reason)
-            if decision is not None:
-                return decision
-        return None
-
-    def warm_start(self) -> Decision | None:
-        if self.warm is None or len(self.warm) != self.system.shape[1]:
-            return None
-        if all(map(_is_integer, self.warm)):
-            return self.nonempty([int(x) for x in self.warm], "warm direction")
-        return self.nonempty(round_direction(np.array(self.warm, dtype=np.float64), NARROW_BITS), "warm direction")
-
-    def opposite_rows(self) -> Decision | None:
-        """Keeps one row of each ray; two rows on opposite rays are a proof."""
-        self.kept, opposite = distinct_lines(self.system)
-        for k, other in opposite[:8]:
-            weights = self._relation([k, other])
-            decision = weights and self.empty(weights, "opposite rows")
-            if decision:
-                return decision
-        return None
-
-    def _relation(self, index: Sequence[int]) -> dict[int, int] | None:
-        """Weights of the linear relation of the rows ``index`` if there is only one and it is nonnegative."""
-        if exact_seconds(len(index)) > self.deadline - time.monotonic():
-            return None
-        rows, exponents = true_integers(self.system, index)
-        weights = relation(rows)
-        if weights is None or not all(y >= 0 for y in weights):
-            return None
-        largest = max(exponents)
-        terms = zip(index, weights, exponents, strict=True)
-        return {int(k): y << (largest - e) for k, y, e in terms if y}
-
-    def sum_of_rows(self) -> Decision | None:
-        self.guess = self.scaled.mean_direction()
-        self.low = self.scaled.margins(self.guess)
-        return self.propose(self.guess, "sum of rows")
-
-    def widened(self) -> Decision | None:
-        """Newton steps on the lowest margins; where they fail they have chosen the program's first rows."""
-        if self.low.size < 2:
-            return None
-        self.guess, self.low = self.scaled.widen(self.guess, self.low, self.deadline - time.monotonic())
-        return self.propose(self.guess, "least squares")
-
-    def independent_rows(self) -> Decision | None:
-        """Solves A p = 1: possible if the rows are independent; else the residual y has A^T y = 0."""
-        rows = self.scaled.rows
-        if rows.shape[0] > rows.shape[1]:
-            return None
-        ones = np.ones(rows.shape[0])
-        p = least_squares(rows, ones, 0.0, 2 * rows.shape[0])
-        decision = self.propose(p, "independent rows")
-        if decision is not None:
-            return decision
-        residual = ones - times(rows, p)
-        small = 1e-6 * np.abs(residual).max()
-        if self.system.radius is not None or residual.min() < -small:
-            return None
-        weights = self._relation([int(self.kept[i]) for i in np.flatnonzero(residual > small)])
-        return self.empty(weights, "dependent rows") if weights else None
-
-    def linear_program(self) -> Decision | None:
-        """HiGHS's proposal; whatever goes wrong there, the exact stages that follow may still decide."""
-        try:
-            return self._constraint_generation()
-        except SolverError as error:
-            self.why = str(error)
-            return None
-
-    def _constraint_generation(self) -> Decision | None:
-        """max c on a few rows, the most violated ones added until none is; leaves the duals for a proof."""
-        scaled = self.scaled
-        rows, columns = scaled.rows.shape
-        gram = self.system.radius is None and columns > _GRAM * rows
-        matrix, radius = (scaled.gram / np.abs(scaled.gram).max(), None) if gram else (scaled.rows, scaled.radius)
-        first = _FIRST_ROWS + columns
-        order = np.arange(rows)
-        if rows > 2 * first:  # the lowest margins, and some from everywhere
-            order = np.union1d(np.argpartition(self.low, first)[:first], np.linspace(0, rows - 1, first).astype(int))
-        inside = np.zeros(rows, dtype=np.bool_)
-        program = MarginProgram(matrix[order], None if radius is None else radius[order], self.deadline)
-        chosen = order
-        while True:
-            inside[chosen] = True
-            result = program.solve()
-            p = scaled.rows.T @ result.direction if gram else result.direction
-            margins = scaled.margins(p)
-            if (margins > 0).all():
-                decision = self.propose(p, "highs")
-                if decision is not None:
-                    return decision
-            violated = np.flatnonzero((margins <= 0) & ~inside)
-            if result.margin <= 1e-9 or violated.size == 0:
-                break
-            if violated.size > _MORE_ROWS:
-                violated = violated[np.argpartition(margins[violated], _MORE_ROWS)[:_MORE_ROWS]]
-            more = violated
-            program.add(matrix[more], None if radius is None else radius[more])
-            order, chosen = np.concatenate([order, more]), more
-        support = np.flatnonzero(result.duals > 1e-9 * result.duals.max(initial=0.0))
-        self.duals = {int(self.kept[order[i]]): float(result.duals[i]) for i in support}
-        return None
-
-    def minimum_norm(self) -> Decision | None:
-        """The exact end: a Gordan proof on the support of the duals, else Wolfe's algorithm from there."""
-        support = sorted(self.duals) or [int(self.kept[0])]
-        weights = self._relation(support) if len(support) <= self.system.shape[1] + 1 else None
-        decision = weights and self.empty(weights, "highs")
-        if decision:
-            return decision
-        start = [max(1, round(self.duals.get(k, 1.0) * 2.0**40)) for k in support]
-        direction, proof = minimum_norm(self.system, support, start, self.deadline, self._improve)
-        self.why = "the exact algorithm's answer did not pass its check"
-        if proof is not None:
-            return self.empty(proof, "minimum norm")
-        assert direction is not None
-        short = self.nonempty(shorten(direction, 64), "minimum norm")
-        return short or self.nonempty(direction, "minimum norm")
-
-    def _improve(self, point: tuple[int, ...]) -> tuple[int, ...] | None:
-        short = shorten(point, 64)  # few bits if the system allows it
-        if first_failure(self.system, short) is None:
-            return short
-        return refine(self.system, self.kept, self.scaled, point, self.deadline)
-
-    def exact_rows_only(self) -> Decision | None:
-        """The rows without a radius may prove emptiness, or their direction may satisfy the others."""
-        self.why = "no direction found above every radius, and the rows without radius prove nothing"
-        index = np.flatnonzero(self.system.is_exact)
-        if index.size == 0:
-            return None
-        exact = self.system.take(index)
-        part = decide(exact.a, exact.minus, seconds=self.deadline - time.monotonic())
-        if part.proof is not None:
-            rows = (int(index[k]) for k in part.proof.rows)
-            return self.empty(dict(zip(rows, part.proof.weights, strict=True)), part.reason)
-        if part.nonempty is None:
-            self.why = part.reason
-        return self.nonempty(part.direction, part.reason)
+    return is_proof(System.read(A, minus, radius), proof)

@@ -14,6 +14,8 @@ from adcert.exact import Ints, System, row_slices, times
 
 Matrix = NDArray[np.float64]
 
+_GRAM = 4  # columns per row from which on p = A^T y is used
+_CLOSE = 1e-9  # of ratios that may be equal but for rounding
 _UNEVEN = 2.0**-8  # a column this low beside rows of size 1 is scaled up
 _ROUNDS = 12
 _STEPS = 16
@@ -55,13 +57,14 @@ def _column_shifts(size: Matrix) -> Ints:
 class Scaled:
     """Rows scaled by powers of two to a largest entry in [1/2, 1); columns too if their sizes differ much.
 
-    ``rows``: float64 [K, n]; ``radius``: the same or None; ``shift``: int64 [n]. A direction q of the scaled
-    system is ``p_j = q_j * 2**-shift_j`` of the given one.
+    ``rows``: float64 [K, n]; ``radius``: the same or None; ``shift``: int64 [n]; ``lift``: int64 [K]. Row k is
+    the given one times ``2**(lift_k - shift)``, a direction q is ``p_j = q_j * 2**-shift_j`` of the given system.
     """
 
     rows: Matrix
     radius: Matrix | None
     shift: Ints
+    lift: Ints
 
     @classmethod
     def of(cls, system: System, index: Ints) -> Scaled:
@@ -80,7 +83,7 @@ class Scaled:
             lift = -exponent.max(axis=1, initial=-(1 << 30))
             scaled = _shifted(rows, lift[:, None] - shift)
         wide = None if radius is None else _shifted(radius.astype(np.float64), lift[:, None] - shift)
-        return cls(scaled, wide, shift)
+        return cls(scaled, wide, shift, lift)
 
     @cached_property
     def norms(self) -> Matrix:
@@ -89,9 +92,13 @@ class Scaled:
         return np.where(norms > 0, norms, 1.0)
 
     @cached_property
-    def gram(self) -> Matrix:
-        """float64 [K, K]: inner products of the rows."""
-        return self.rows @ self.rows.T
+    def program(self) -> tuple[Matrix, Matrix | None]:
+        """A matrix M, and B or None: margin programs on M; with many columns M is the Gram matrix and p = B d."""
+        if self.radius is not None or self.rows.shape[1] <= _GRAM * self.rows.shape[0]:
+            return self.rows, None
+        gram = self.rows @ self.rows.T
+        top = np.abs(gram).max()
+        return gram / top, self.rows.T / top
 
     def margins(self, p: Matrix) -> Matrix:
         """float64 [K]: ``(<row, p> - <radius, |p|>) / |row|``, rounded."""
@@ -102,7 +109,7 @@ class Scaled:
 
     def mean_direction(self) -> Matrix:
         """float64 [n]: the sum of the normalised rows, normalised."""
-        return _unit(_transposed_times(self.rows, 1.0 / self.norms))
+        return _unit(transposed_times(self.rows, 1.0 / self.norms))
 
     def widen(self, p: Matrix, margins: Matrix, seconds: float) -> tuple[Matrix, Matrix]:
         """Newton steps that lift the lowest margins to a common level: the best direction and its margins.
@@ -137,8 +144,13 @@ class Scaled:
         top = int(self.shift.max(initial=0))
         return tuple(x << (top - int(s)) for x, s in zip(q, self.shift, strict=True))
 
+    def rescale(self, p: Sequence[int]) -> tuple[int, ...]:
+        """The inverse: exact integers proportional to ``p_j * 2**shift_j``."""
+        least = int(self.shift.min(initial=0))
+        return tuple(x << (int(s) - least) for x, s in zip(p, self.shift, strict=True))
 
-def _transposed_times(matrix: Matrix, vector: Matrix) -> Matrix:
+
+def transposed_times(matrix: Matrix, vector: Matrix) -> Matrix:
     """``matrix.T @ vector`` without BLAS threads; see :func:`adcert.exact.times`."""
     step = max(1, _SERIAL // max(1, matrix.shape[1]))
     result = np.zeros(matrix.shape[1])
@@ -151,7 +163,7 @@ def least_squares(matrix: Matrix, target: Matrix, damping: float, steps: int) ->
     """Conjugate gradients (CGLS, from zero) for min |matrix x - target|^2 + damping |x|^2."""
     solution = np.zeros(matrix.shape[1])
     residual = target.copy()
-    gradient = _transposed_times(matrix, residual)
+    gradient = transposed_times(matrix, residual)
     search, size = gradient, float(gradient @ gradient)
     goal = size * 1e-20
     for _ in range(steps):
@@ -161,7 +173,7 @@ def least_squares(matrix: Matrix, target: Matrix, damping: float, steps: int) ->
         length = size / float(image @ image + damping * (search @ search))
         solution = solution + length * search
         residual = residual - length * image
-        gradient = _transposed_times(matrix, residual) - damping * solution
+        gradient = transposed_times(matrix, residual) - damping * solution
         before, size = size, float(gradient @ gradient)
         search = gradient + (size / before) * search
     return solution
@@ -176,8 +188,9 @@ class _Fingerprint:
     """uint64 per row: equal for equal rows, different almost surely otherwise (-0.0 is 0.0)."""
 
     def __init__(self, columns: int) -> None:
-        generator = np.random.Generator(np.random.PCG64(20240501))  # its own: the user's generator is left alone
-        self.odd = generator.integers(0, 1 << 63, size=columns, dtype=np.uint64) * np.uint64(2) + np.uint64(1)
+        mixed = np.arange(1, columns + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)  # as in SplitMix64
+        self.odd = (mixed ^ (mixed >> np.uint64(27))) | np.uint64(1)
 
     def __call__(self, rows: Matrix) -> NDArray[np.uint64]:
         bits = (rows + 0.0).view(np.uint64)
@@ -186,8 +199,34 @@ class _Fingerprint:
         return np.asarray((bits * self.odd).sum(axis=1, dtype=np.uint64))
 
 
+def _suspects(rows: Matrix) -> Ints:
+    """Rows (sorted) that may be proportional to another one: a ratio of two inner products is the same there."""
+    angle = np.arange(1.0, rows.shape[1] + 1) ** 2
+    with np.errstate(all="ignore"):
+        products = times(rows, np.stack([np.sin(angle), np.cos(angle)], axis=1))
+        ratio = products[:, 0] / products[:, 1]
+        order = np.argsort(ratio)
+        ratio = ratio[order]
+        close = np.abs(np.diff(ratio)) <= _CLOSE * np.abs(ratio[1:])
+    return np.unique(np.concatenate([order[:-1][close], order[1:][close]]))
+
+
 def distinct_lines(system: System) -> tuple[Ints, list[tuple[int, int]]]:
-    """Indices of one row per ray (sorted), and pairs of rows without radius that seem opposite.
+    """Indices of one row per ray (sorted), and pairs of rows without radius that seem opposite."""
+    suspects = _suspects(_finite_difference(system))
+    if suspects.size == 0:
+        return np.arange(system.shape[0]), []
+    if suspects.size == system.shape[0]:
+        return _compare_lines(system)
+    kept, opposite = _compare_lines(system.take(suspects))
+    alone = np.ones(system.shape[0], dtype=np.bool_)
+    alone[suspects] = False
+    alone[suspects[kept]] = True
+    return np.flatnonzero(alone), [(int(suspects[i]), int(suspects[j])) for i, j in opposite]
+
+
+def _compare_lines(system: System) -> tuple[Ints, list[tuple[int, int]]]:
+    """:func:`distinct_lines` by comparing all rows.
 
     Dividing by the largest entry maps proportional rows to bitwise equal ones, since division rounds
     correctly. Both answers are guesses where the differences were rounded: the caller checks them.
@@ -200,7 +239,7 @@ def distinct_lines(system: System) -> tuple[Ints, list[tuple[int, int]]]:
         piece = rows[part]
         top = np.abs(piece).max(axis=1, initial=0.0)
         top[top == 0] = 1.0
-        first = np.take_along_axis(piece, np.argmax(piece != 0, axis=1)[:, None], axis=1)[:, 0]
+        first = piece[np.arange(len(piece)), np.argmax(piece != 0, axis=1)] if columns else top
         turned[part] = first < 0
         line[part] = fingerprint(piece / np.where(first < 0, -top, top)[:, None])
         if system.radius is not None:
@@ -208,6 +247,6 @@ def distinct_lines(system: System) -> tuple[Ints, list[tuple[int, int]]]:
     ray = np.where(turned, line * np.uint64(5) + np.uint64(1), line)
     kept = np.sort(np.unique(ray, return_index=True)[1])
     exact = kept[system.is_exact[kept]]
-    plus, minus = exact[~turned[exact]], exact[turned[exact]]
-    _, i, j = np.intersect1d(line[plus], line[minus], return_indices=True)
-    return kept, [(int(plus[x]), int(minus[y])) for x, y in zip(i, j, strict=True)]
+    order = exact[np.argsort(line[exact])]  # one row is left of each ray, so two of a line are opposite
+    twice = np.flatnonzero(line[order[1:]] == line[order[:-1]]).tolist()
+    return kept, [(int(order[i]), int(order[i + 1])) for i in twice]

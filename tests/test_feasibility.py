@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from fractions import Fraction
@@ -11,15 +12,18 @@ from typing import Any
 import highspy
 import numpy as np
 import pytest
+from degenerate import case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from systems import fourier_motzkin, integers, planted
 
-from adcert import _highs, feasibility, minnorm
+from adcert import _highs, minnorm, search
 from adcert.errors import AdcertError
-from adcert.exact import System, decode, exact_sign, first_failure, integer_rows, relation, signs
+from adcert.exact import System, decode, integer_rows, relation
 from adcert.feasibility import Decision, Proof, check_direction, check_proof, decide
 from adcert.minnorm import minimum_norm
+from adcert.scaling import distinct_lines
+from adcert.signs import exact_sign, exact_values, first_failure, signs
 
 TINY = 5e-324
 HUGE = 1.7976931348623157e308
@@ -143,6 +147,14 @@ def test_difference_that_overflows() -> None:
     assert_sound(a, decision, minus)
     empty = decide(a, np.array([[-HUGE, 1.0], [HUGE, 1.0]]))
     assert empty.proof == Proof((0, 1), (1, 1))
+
+
+def test_row_whose_floating_point_value_is_not_a_number_is_checked_exactly() -> None:
+    # The difference overflows to infinity, and infinity times 0 is NaN: <row, (0, -1)> is -1 all the same.
+    a, minus = [[HUGE, 1.0]], [[-HUGE, 0.0]]
+    assert check_direction(a, (0, -1), minus) is False
+    assert check_direction(a, (0, 1), minus) is True
+    assert signs(System.read(a, minus), (0, -1)).tolist() == [-1]
 
 
 def test_equal_terms_make_a_zero_row_and_nearly_equal_ones_do_not() -> None:
@@ -284,6 +296,72 @@ def test_signs_agree_with_fractions(data: st.DataObject, wide: bool, columns: in
         )
         assert sign == (exact > 0) - (exact < 0)
         assert sign == exact_sign(system, k, p)
+
+
+@settings(max_examples=300)
+@given(st.data(), st.sampled_from([np.float32, np.float64]), st.integers(1, 5), st.sampled_from([0, 2, 29, 70, 400]))
+def test_digits_agree_with_fractions(data: st.DataObject, dtype: Any, columns: int, bits: int) -> None:
+    """Signs exactly, values to nearly a float64, also where all but the last digits cancel."""
+    entries = st.one_of(finite if dtype == np.float64 else narrow, st.floats(-4, 4, width=32), st.integers(-3, 3))
+    arrays = [np.array([[data.draw(entries) for _ in range(columns)] for _ in range(3)], dtype=dtype) for _ in range(3)]
+    p = [data.draw(st.integers(-(2**bits), 2**bits)) for _ in range(columns)]
+    if data.draw(st.booleans()):  # opposite entries: cancellation
+        arrays[0][:, 0], arrays[0][:, -1] = arrays[0][:, -1], -arrays[0][:, 0]
+    system = System.read(arrays[0], arrays[1], arrays[2])
+    found = exact_values(system, np.arange(3), p)
+    for k, (sign, mantissa, exponent) in enumerate(zip(*(x.tolist() for x in found), strict=True)):
+        exact = sum(
+            (Fraction(float(a)) - Fraction(float(m))) * x - abs(Fraction(float(r)) * x)
+            for a, m, r, x in zip(*(array[k] for array in arrays), p, strict=True)
+        )
+        assert sign == (exact > 0) - (exact < 0)
+        assert abs(Fraction(mantissa) * Fraction(2) ** exponent - exact) <= abs(exact) / 2**50
+
+
+@settings(max_examples=300)
+@given(st.data(), st.integers(1, 4), st.sampled_from([1, 2, 70]), st.booleans())
+def test_check_direction_agrees_with_fractions(data: st.DataObject, columns: int, bits: int, radius: bool) -> None:
+    """Also directions with one entry, and differences that underflow or overflow."""
+    entries = st.one_of(finite, st.sampled_from([0.0, TINY, -TINY, HUGE, -HUGE, 1.0, -1.0]))
+    arrays = [np.array([[data.draw(entries) for _ in range(columns)] for _ in range(2)]) for _ in range(3)]
+    p = [data.draw(st.one_of(st.just(0), st.integers(-(2**bits), 2**bits))) for _ in range(columns)]
+    wide = arrays[2] if radius else np.zeros((2, columns))
+    smallest = min(
+        sum(
+            (Fraction(float(a)) - Fraction(float(m))) * x - abs(Fraction(float(r)) * x)
+            for a, m, r, x in zip(*rows, p, strict=True)
+        )
+        for rows in zip(arrays[0], arrays[1], wide, strict=True)
+    )
+    assert check_direction(arrays[0], p, arrays[1], wide) is (smallest > 0)
+
+
+@settings(max_examples=300)
+@given(st.data(), st.integers(1, 4), st.integers(1, 3), st.sampled_from([1, 8, 55, 62, 64, 200]), st.booleans())
+def test_check_proof_agrees_with_integers(data: st.DataObject, count: int, columns: int, bits: int, wide: bool) -> None:
+    """Weights and entries on either side of what int64 holds."""
+    entry = st.integers(-(2**50), 2**50) if wide else st.integers(-2, 2)
+    rows = [[data.draw(entry) for _ in range(columns)] for _ in range(count)]
+    if data.draw(st.booleans()):
+        rows.append([-sum(column) for column in zip(*rows, strict=True)])
+    weights = (
+        [1 << bits] * len(rows) if data.draw(st.booleans()) else [data.draw(st.integers(1, 1 << bits)) for _ in rows]
+    )
+    vanishes = not any(sum(w * x for w, x in zip(weights, column, strict=True)) for column in zip(*rows, strict=True))
+    array = np.array(rows, dtype=np.float64)
+    assert check_proof(array, Proof(tuple(range(len(rows))), tuple(weights))) is vanishes
+    minus = np.array([[data.draw(st.integers(-(2**51), 2**51)) for _ in row] for row in rows], dtype=np.float64)
+    assert check_proof(array + minus, Proof(tuple(range(len(rows))), tuple(weights)), minus) is vanishes
+
+
+def test_rows_too_wide_for_digits_go_to_integers() -> None:
+    rows = np.repeat([[HUGE, TINY, -1.0]], 20, axis=0)
+    system = System.read(rows)
+    sign, mantissa, exponent = exact_values(system, np.arange(20), (0, 1, 0))
+    assert sign.tolist() == [1] * 20
+    assert (np.ldexp(mantissa, exponent) == TINY).all()
+    assert signs(system, (0, 1, 0)).tolist() == [1] * 20
+    assert signs(System.read(np.repeat([[0.1, 1.0], [0.5, -0.5]], 20, axis=0)), (1, 1)).tolist() == [1] * 20 + [0] * 20
 
 
 def test_relation_is_unique_or_none() -> None:
@@ -448,8 +526,102 @@ def test_threads_do_not_share_a_solver() -> None:
     assert decisions == [decide(rows) for rows in systems]
 
 
+def test_a_thread_constructs_one_solver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_highs, "_local", threading.local())
+    real, made = highspy.Highs, Counter[int]()
+
+    def construct() -> Any:
+        made[threading.get_ident()] += 1
+        return real()
+
+    monkeypatch.setattr(highspy, "Highs", construct)
+    for seed in range(3):
+        assert decide(large(300, 12, nonempty=False, seed=seed)).reason == "highs"
+    assert made == {threading.get_ident(): 1}
+    with ThreadPoolExecutor(1) as pool:
+        for seed in range(3):
+            assert pool.submit(decide, large(300, 12, nonempty=False, seed=seed)).result().reason == "highs"
+    assert list(made.values()) == [1, 1]
+
+
+def test_four_threads_decide_different_systems_at_once() -> None:
+    """Every stage: planted systems, thin cones that need the exact stages, and large ones."""
+    rng = np.random.default_rng(3)
+    problems = [case(rng) for _ in range(120)]
+    barrier = threading.Barrier(4)
+
+    def work(share: int) -> list[Decision]:
+        barrier.wait()
+        return [decide(problem.a, problem.minus, problem.radius, seconds=60) for problem in problems[share::4]]
+
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(work, range(4)))
+    for share in range(4):
+        for problem, decision in zip(problems[share::4], found[share], strict=True):
+            assert decision.nonempty is problem.nonempty
+            assert decision == decide(problem.a, problem.minus, problem.radius, seconds=60)
+    assert len({decision.reason for share in found for decision in share}) >= 6
+
+
+def test_a_few_rows_contradict_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = large(3000, 12, nonempty=False)
+    monkeypatch.setattr(search.Search, "sum_of_rows", lambda self: pytest.fail("not needed"))
+    decision = decide(rows)
+    assert decision.reason == "highs"
+    assert_sound(rows, decision)
+
+
+def test_repeated_rows_among_others() -> None:
+    rows = large(400, 12, nonempty=True)
+    kept, opposite = distinct_lines(System.read(np.vstack([rows, 2 * rows[5:7], rows[7:8] / 4])))
+    assert kept.tolist() == list(range(400))
+    assert opposite == []
+    kept, opposite = distinct_lines(System.read(np.vstack([rows, -2 * rows[5:6], rows[5:6]])))
+    assert kept.tolist() == list(range(401))
+    assert [sorted(pair) for pair in opposite] == [[5, 400]]
+
+
+@pytest.mark.parametrize("relative", [1e-6, 1e-9, 1e-12])
+@pytest.mark.parametrize(("rows", "columns"), [(4000, 12), (1500, 60)])
+def test_thin_cones_of_many_rows(rows: int, columns: int, relative: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The programs refined around exact values find the cone; the exact algorithm would take minutes."""
+    monkeypatch.setattr(search, "minimum_norm", lambda *arguments: pytest.fail("not needed"))
+    rng = np.random.default_rng(columns)
+    hidden = rng.standard_normal(columns)
+    hidden /= np.linalg.norm(hidden)
+    matrix = rng.standard_normal((rows, columns))
+    matrix -= np.outer(matrix @ hidden - relative * (1 + 9 * rng.random(rows)), hidden)
+    decision = decide(matrix, seconds=60)
+    assert decision.nonempty is True
+    assert check_direction(matrix, decision.direction or ())
+
+
+@pytest.mark.parametrize("nonempty", [True, False])
+@pytest.mark.parametrize("columns", [27, 60])
+def test_one_unit_in_the_last_place_decides_along_a_face(
+    columns: int, nonempty: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five rows of a plane all but cancel, thousands lie on one side of it: no float separates them."""
+    monkeypatch.setattr(search, "minimum_norm", lambda *arguments: pytest.fail("not needed"))
+    rng = np.random.default_rng(columns)
+    hidden = np.append(rng.integers(1, 50, size=columns - 1), 1)  # all positive: the sign of a nudge is its side
+    base = rng.integers(-512, 512, size=(4, columns))
+    base[:, -1] -= base @ hidden
+    last = -(rng.integers(1, 4, size=4) @ base).astype(np.float64)
+    last[0] = np.nextafter(last[0], np.inf)
+    others = rng.integers(-(2**20), 2**20, size=(40 * columns, columns))
+    others *= np.sign(others @ hidden)[:, None]
+    rows = np.vstack([others, base, last[None]])
+    if not nonempty:  # the sum of the five is a positive multiple of e_0
+        rows = np.vstack([rows, -np.eye(columns)[:1]])
+    decision = decide(rows, seconds=60)
+    assert decision.nonempty is nonempty
+    assert check_direction(rows, decision.direction or ()) is nonempty
+    assert nonempty or check_proof(rows, decision.proof or Proof((), ()))
+
+
 def test_exact_work_beyond_the_budget_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(feasibility, "exact_seconds", lambda rows: math.inf)
+    monkeypatch.setattr(search, "exact_seconds", lambda rows: math.inf)
     monkeypatch.setattr(minnorm, "exact_seconds", lambda rows: math.inf)
     decision = decide([[1.0, 0.0], [0.0, 1.0], [-1.0, -1.0]])
     assert decision.nonempty is None
@@ -503,7 +675,7 @@ def test_bad_statuses_are_never_accepted(method: str, monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(highspy, "Highs", Broken)
     with pytest.raises(_highs.SolverError):
-        _highs.MarginProgram(np.array(HARD), None, math.inf).solve()
+        _highs.MarginProgram(np.array(HARD), None).solve()
     decision = decide(HARD)  # the exact algorithm answers all the same
     assert decision.nonempty is fourier_motzkin(integers(np.array(HARD)))
     assert decision.reason == "minimum norm"
@@ -513,7 +685,7 @@ def test_bad_statuses_are_never_accepted(method: str, monkeypatch: pytest.Monkey
 def test_only_an_optimum_is_accepted(status: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(highspy.Highs, "getModelStatus", lambda self: getattr(highspy.HighsModelStatus, status))
     with pytest.raises(_highs.SolverError, match=status):
-        _highs.MarginProgram(np.array(HARD), None, math.inf).solve()
+        _highs.MarginProgram(np.array(HARD), None).solve()
 
 
 @pytest.mark.parametrize("lie", ["margin", "duals", "nan"])
@@ -535,14 +707,29 @@ def test_lying_solver_is_caught(lie: str, monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_solver_really_optimises() -> None:
-    guess = _highs.MarginProgram(np.array([[1.0, 0.0], [0.0, 0.5]]), None, math.inf).solve()
+    guess = _highs.MarginProgram(np.array([[1.0, 0.0], [0.0, 0.5]]), None).solve()
     assert guess.margin == pytest.approx(0.5)
-    guess = _highs.MarginProgram(np.array([[1.0], [-1.0]]), None, math.inf).solve()
+    guess = _highs.MarginProgram(np.array([[1.0], [-1.0]]), None).solve()
     assert guess.margin == pytest.approx(0.0)
     assert (guess.duals > 0).all()
-    with_radius = _highs.MarginProgram(np.array([[1.0, 0.0]]), np.array([[0.25, 0.5]]), math.inf).solve()
+    with_radius = _highs.MarginProgram(np.array([[1.0, 0.0]]), np.array([[0.25, 0.5]])).solve()
     assert with_radius.margin == pytest.approx(0.75)
     assert with_radius.direction.tolist() == pytest.approx([1.0, 0.0])
+
+
+def test_a_stalled_program_is_solved_with_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
+    run, calls = _highs.MarginProgram._run, []
+
+    def impatient(self: _highs.MarginProgram, scaling: int, iterations: int) -> Any:
+        calls.append(scaling)
+        return run(self, scaling, iterations if scaling else 1)
+
+    monkeypatch.setattr(_highs.MarginProgram, "_run", impatient)
+    rows = large(40, 12, nonempty=True).astype(np.float64)
+    guess = _highs.MarginProgram(rows, None).solve()
+    assert calls == [0, 1]
+    assert (rows @ guess.direction > 0.99 * guess.margin).all()
+    assert guess.margin > 0
 
 
 def test_empty_model_is_refused_by_highs() -> None:
