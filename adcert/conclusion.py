@@ -82,6 +82,11 @@ class Observed:
     prints: dict[str, Prints]
     seconds: dict[str, float] = field(default_factory=dict)
 
+    @classmethod
+    def nothing(cls, reason: str, strict: bool) -> Observed:
+        """A step of which nothing is known, for this reason."""
+        return cls([reason], [], (), [], {}, [], {}, strict, (), {})
+
     @property
     def nbytes(self) -> int:
         """What holding it costs, in bytes: its rows and lists."""
@@ -106,6 +111,9 @@ def conclude(step: Observed, memory: Memory | None = None) -> Certificate:
         except Exception as error:
             failures.append(f"the systems could not be decided: {type(error).__name__}: {error}")
     blocks = [block for system in solved.values() for block in system.blocks]
+    left = sum(system.count - len(system.blocks) for system in solved.values())
+    if left and not any(block.proof is not None for block in blocks):
+        failures.append(f"{left} blocks were left undecided though no other one is proved empty")  # never, by _solved
     verdict, reasons = _verdict(failures, step.doubts, blocks)
     scales = {name: step.ranks.get(name, 1) for name in step.shapes}
     certificate = Certificate(

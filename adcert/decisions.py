@@ -58,7 +58,7 @@ def _ties(scope: Scope, record: OpRecord, ties: Ties, found: Findings) -> None:
     if len(ties.windows) == 0:
         return
     base = base_of(scope.graph, record, scope.strict)
-    stages = stages_above(scope.graph, record, base)
+    stages = stages_above(scope.graph, record, base, scope.ranks.order.own[base])
     if stages is not None:
         windows, differences = resolve(scope, record, ties, stages, found)
     else:

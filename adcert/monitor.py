@@ -99,7 +99,10 @@ class Step:
         analysis, watch = self._analysis, self._watch
         assert analysis is not None and watch is not None
         start = time.perf_counter()
-        observed = analysis.observed(_gradient_problems(analysis), watch.assumptions)
+        try:
+            observed = analysis.observed(_gradient_problems(analysis), watch.assumptions)
+        except Exception as error:  # the user's training goes on; the step is undecided, loudly
+            observed = Observed.nothing(f"the analysis failed with {type(error).__name__}: {error}", analysis.strict)
         now = time.perf_counter()
         observed.seconds["analysis"] = analysis.seconds["analysis"] + now - start
         observed.seconds["step"] = now - self._began
@@ -114,6 +117,8 @@ class Step:
     def _release(self) -> None:
         """Nothing of the step's graph outlives the step."""
         self._recorder.clear()
+        if self._watch is not None:
+            self._watch.forget()
         self._analysis = self._watch = None
 
 
@@ -253,7 +258,12 @@ class Monitor:
             raise AdcertError(f"cannot write the log {self._path}: {error}") from error
 
     def close(self) -> None:
-        """:meth:`flush`, write the report as the last line of the log and close it. A second call does nothing."""
+        """:meth:`flush`, write the report as the last line of the log and close it. A second call does nothing.
+
+        Nor does a call in a forked process: the steps and the log are the parent's.
+        """
+        if self._desk.foreign():
+            return
         self.flush()
         if self._log is not None:
             self._write({"report": asdict(self.report())})

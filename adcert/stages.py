@@ -74,10 +74,12 @@ def axes_of(window: Window, size: tuple[int, ...], count: tuple[int, ...]) -> tu
 _POINT = Window((1, 1), (1, 1), (0, 0), (1, 1))
 
 
-def stages_above(graph: Graph, record: OpRecord, base: OpRecord) -> Stages | None:
+def stages_above(graph: Graph, record: OpRecord, base: OpRecord, own: frozenset[str]) -> Stages | None:
     """The stages between a pooling and the network's input; None if there is no convolution to start from.
 
-    ``base``: the last of the recorded operations that feed ``record`` directly (``record`` itself, usually).
+    ``base``: the last of the recorded operations that feed ``record`` directly (``record`` itself, usually). ``own``:
+    its own parameters w_l. None too if one of them lies above the first convolution (two convolutions in a row, say):
+    a patch difference is then not the whole own row.
     """
     if len(record.input_shape) != 4:
         return None
@@ -106,10 +108,24 @@ def stages_above(graph: Graph, record: OpRecord, base: OpRecord) -> Stages | Non
             (node, number), after = node.next_functions[0], Kind.CONV
         else:
             break
-    if stages.conv is None:
+    if stages.conv is None or _reaches(graph, stages.conv.next_functions[0][0], own):
         return None
     stages.end(Kind.CONSTANT if node is None and after is Kind.CONV else Kind.UNKNOWN)
     return stages
+
+
+def _reaches(graph: Graph, start: Node, own: frozenset[str]) -> bool:
+    """Does some path upwards from ``start`` end in one of these leaves without crossing a recorded operation?"""
+    stack, seen = [start], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen or node in graph.record_of:
+            continue
+        seen.add(node)
+        if graph.leaf(node) in own:
+            return True
+        stack += [source for source, _ in node.next_functions]
+    return False
 
 
 def _record(stages: Stages, source: OpRecord, shape: tuple[int, ...]) -> Kind:

@@ -157,6 +157,6 @@ def _scale_bound(norm: Node, channel: Tensor) -> Tensor:
     mean = x.mean(dims, keepdim=True)
     squares = ((x - mean) ** 2).mean(dims)
     drift = x.abs().mean(dims) * 2 * gamma(count)  # of the rounded mean
-    least = (squares * (1 - 2 * gamma(count)) - drift * drift).clamp(min=0)
+    least = (squares * (1 - 2 * gamma(count)) - drift * drift - TINY).clamp(min=0)
     bound: Tensor = (least + float(norm._saved_eps)).rsqrt() * SLACK
     return bound[place]

@@ -64,7 +64,7 @@ Note = TypeVar("Note")
 
 
 class Notes(Generic[Note]):
-    """Notes about tensors, each as an object of its own; they keep no tensor alive."""
+    """Notes about tensors, each as an object of its own; the tensors are not kept alive (a note may keep another)."""
 
     def __init__(self) -> None:
         self._of: dict[int, tuple[weakref.ref[Tensor], Note]] = {}
@@ -79,6 +79,9 @@ class Notes(Generic[Note]):
 
     def __bool__(self) -> bool:
         return bool(self._of)
+
+    def clear(self) -> None:
+        self._of.clear()
 
 
 class Watch(TorchFunctionMode):
@@ -103,6 +106,13 @@ class Watch(TorchFunctionMode):
         self._versions: Notes[int] = Notes()
         self._leaves: dict[int, tuple[Tensor, int]] = {}
         recorder.witness = self
+
+    def forget(self) -> None:
+        """Let go of every tensor; the step has ended."""
+        for notes in (self._hidden, self._aliases, self._versions):
+            notes.clear()
+        self._written.clear()
+        self._leaves.clear()
 
     def changed_leaf(self) -> Tensor | None:
         """A leaf that was written to after its first use in the step, or None."""

@@ -58,12 +58,16 @@ class Desk(Generic[Job]):
         if self._bounds.jobs == 0:
             self._attempt(job)
             return
-        if os.getpid() != self._process:
+        if self.foreign():
             raise AdcertError("a monitor cannot be used in a forked process: make a new one there")
         with self._changed:
             self._jobs.append((job, nbytes))
             self._changed.notify_all()
         self.wait(self._has_room)
+
+    def foreign(self) -> bool:
+        """This process was forked from the one that made the desk, whose thread is not here."""
+        return os.getpid() != self._process
 
     def flush(self) -> None:
         """Wait until every job is done."""
@@ -71,7 +75,7 @@ class Desk(Generic[Job]):
 
     def wait(self, ready: Callable[[], bool]) -> None:
         """Wait until ``ready()``, or until there is nothing left to wait for."""
-        if os.getpid() != self._process or threading.current_thread() is self._thread:
+        if self.foreign() or threading.current_thread() is self._thread:
             return
         with self._changed:
             while self._jobs and not ready():
@@ -88,8 +92,10 @@ class Desk(Generic[Job]):
         if not self._jobs or (self._thread is not None and self._thread.is_alive()):
             return
         if self._working:
-            self._reject(self._jobs[0][0], "adcert's worker thread died over it")
-            self._take_off()
+            try:
+                self._reject(self._jobs[0][0], "adcert's worker thread died over it")
+            finally:
+                self._take_off()
         self._thread = threading.Thread(target=self._run, name="adcert", daemon=True)
         self._thread.start()
 
@@ -103,10 +109,12 @@ class Desk(Generic[Job]):
                     return
                 self._working = True
                 job, _ = self._jobs[0]
-            self._attempt(job)
-            del job
-            with self._changed:
-                self._take_off()
+            try:
+                self._attempt(job)
+            finally:
+                del job
+                with self._changed:
+                    self._take_off()
 
     def _take_off(self) -> None:
         self._jobs.popleft()

@@ -38,12 +38,12 @@ class Walker {
   Answer top(int64_t n, int64_t c, int64_t& p, int64_t& q) {
     for (size_t i = 0; i < stages_.size(); ++i) {
       const Stage& s = stages_[i];
+      if (p == kOff || q == kOff) return kHard;
       switch (s.kind) {
         case Kind::kRelu:
         case Kind::kPool:
           p = source(s, n, c, p), q = source(s, n, c, q);
           if (p == q) return kFlat;
-          if (p == kOff || q == kOff) return kHard;
           break;
         case Kind::kNorm:
           if (!same(s, n, c, p, q)) return kHard;

@@ -108,23 +108,41 @@ def test_warnings_as_errors_do_not_kill_the_worker():
     assert failed == [1, 2]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
 def test_a_thread_that_dies_over_a_job_fails_that_job_only(monkeypatch: pytest.MonkeyPatch):
-    """As if the interpreter had killed the thread: nothing of _run's own handling is reached."""
+    """As if the interpreter had killed the thread: it is gone, and the job it had taken is neither done nor failed."""
     done, failed = [], []
     one = desk(done.append, lambda job, reason: failed.append((job, reason)), jobs=9)
-    attempt = one._attempt
+    run, threads = one._run, []
 
-    def die(job: int) -> None:
-        if job == 1:
-            raise SystemExit
-        attempt(job)
+    def die_first() -> None:
+        threads.append(threading.current_thread())
+        if len(threads) == 1:
+            one._working = True
+        else:
+            run()
 
-    monkeypatch.setattr(one, "_attempt", die)
+    monkeypatch.setattr(one, "_run", die_first)
     with pytest.warns(RuntimeWarning, match="died"):
         feed(one, 4)
-    assert done == [0, 2, 3]
-    assert [job for job, _ in failed] == [1]
+    assert done == [1, 2, 3]
+    assert [job for job, _ in failed] == [0]
+    assert len(threads) == 2
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_failing_fail_does_not_stop_the_other_jobs():
+    done: list[int] = []
+
+    def do(job: int) -> None:
+        if job == 0:
+            raise ValueError
+        done.append(job)
+
+    def fail(job: int, reason: str) -> None:
+        raise RuntimeError("must not")
+
+    feed(desk(do, fail, jobs=9), 3)
+    assert done == [1, 2]
 
 
 def test_an_interrupt_while_waiting_for_room_loses_nothing(monkeypatch: pytest.MonkeyPatch):
@@ -292,20 +310,57 @@ def test_a_log_that_cannot_be_written_is_told_and_costs_no_verdict(tmp_path: Pat
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-def test_a_forked_process_is_told_to_make_its_own_monitor():
-    with adcert.Monitor(network()) as monitor:
+def test_a_forked_process_is_told_to_make_its_own_monitor(tmp_path: Path):
+    log = tmp_path / "log"
+    with adcert.Monitor(network(), log=log) as monitor:
         steps(monitor, monitor.model, 1)
         monitor.flush()
         monitor._desk._process = -1  # as the child would find it
         with pytest.raises(adcert.AdcertError, match="forked"):
             steps(monitor, monitor.model, 1)
+        monitor.close()
+        assert not log.read_text().count("report")  # the log is the parent's
         monitor._desk._process = os.getpid()
+    assert log.read_text().count("report") == 1
 
 
 @pytest.mark.parametrize("queue", [-1, 1.5, True, "8"])
 def test_bad_queue(queue: object):
     with pytest.raises(adcert.AdcertError, match="queue"):
         adcert.Monitor(network(), queue=queue)  # type: ignore[arg-type]
+
+
+def test_a_failing_end_of_a_step_leaves_the_training_alone(monkeypatch: pytest.MonkeyPatch):
+    def defect(*_: object) -> list[str]:
+        raise KeyError("a defect")
+
+    monkeypatch.setattr(driver, "_gradient_problems", defect)
+    monitor = adcert.Monitor(network())
+    (step,) = steps(monitor, monitor.model, 1)
+    assert step.certificate().verdict is Verdict.UNDECIDED
+    assert "KeyError" in step.certificate().reasons[0]
+    step.certificate().verify()
+
+
+def test_a_kept_alias_keeps_no_step_alive():
+    """h.detach() that the user keeps holds its own memory, not the graph tensor it came from."""
+    import gc
+    import weakref
+
+    model, kept, graphs = network(), [], []
+    monitor = adcert.Monitor(model)
+    gc.disable()
+    try:
+        for _ in range(3):
+            with monitor.step():
+                y = model[0](torch.ones(2, 1, 8, 8))
+                kept.append(y.detach())
+                graphs.append(weakref.ref(y))
+                model[1:](y).sum().backward()
+            del y
+        assert [ref() for ref in graphs] == [None] * 3
+    finally:
+        gc.enable()
 
 
 def test_what_waits_holds_no_graph(monkeypatch: pytest.MonkeyPatch):
