@@ -25,8 +25,10 @@ from .partial import finish, give_up
 from .ranks import rank_leaves
 from .records import Node, OpRecord
 from .systems import System, contradiction, solve
+from .ties import exact_rows
 from .watch import Watch
 
+SAMPLE = 4096  # exact rows of one record that are looked at first where there are more in all
 CHEAP = 8  # differences worth a partial backward pass without asking whether it can matter
 
 
@@ -140,15 +142,42 @@ class StepAnalysis:
             self.bias[record] = ranks.bias[record].kind if record in ranks.bias else "none"
             with self._guarded(record):
                 fresh[record] = decide_record(scope, record)
+        self._settle_rows(scope, fresh)
         self._settle_pending(scope, fresh)
         for record, found in fresh.items():
             earlier = self.findings.get(record)
             if earlier is not None:  # a second backward through the same graph: both losses' rows count
                 found.rowsets += earlier.rowsets
                 found.doubts += earlier.doubts
+                found.unlisted += earlier.unlisted
             self.findings[record] = found
             self.seconds["partial"] += found.seconds
             self.pairs += found.partial
+
+    def _settle_rows(self, scope: Scope, fresh: dict[OpRecord, Findings]) -> None:
+        """Exact rows of the ties. Where they abound a sample may contradict itself: then the others are counted."""
+        bulk = [(record, found, rows) for record, found in fresh.items() for rows in found.bulk]
+        many = sum(len(rows) for _, _, rows in bulk) > SAMPLE
+        bulk.sort(key=lambda item: -len(item[2]))
+        for size in (SAMPLE, 4 * SAMPLE) if many else ():
+            for record, found, rows in bulk:
+                if self.empty or size >= SAMPLE + len(rows):
+                    continue
+                with self._guarded(record):
+                    sample = exact_rows(scope, rows.head(size))
+                    self._find_contradiction(scope, [sample], False)
+                    if self.empty:
+                        found.rowsets.append(sample)
+                        found.unlisted += len(rows) - sample.count
+                        found.bulk.remove(rows)
+        for record, found in fresh.items():
+            with self._guarded(record):
+                for rows in found.bulk:
+                    if many and self.empty:
+                        found.unlisted += len(rows)
+                    else:
+                        found.rowsets.append(exact_rows(scope, rows))
+            found.bulk.clear()
 
     def _settle_pending(self, scope: Scope, fresh: dict[OpRecord, Findings]) -> None:
         """Partial backward passes, unless exact rows contradict each other: then they cannot change the verdict."""
@@ -206,6 +235,7 @@ class StepAnalysis:
             rowsets=rowsets,
             ranks=ranks,
             empty=self.empty,
+            unlisted=sum(found.unlisted for found in self.findings.values()),
             shapes=shapes,
             strict=self.strict,
             assumptions=(*self.assumptions, *assumptions),

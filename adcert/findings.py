@@ -63,6 +63,25 @@ class Pending:
         return Pending(self.record, distinct, self.rule, inverse[self.uses], self.windows, self.stages)
 
 
+@dataclass(frozen=True, eq=False)
+class Bulk:
+    """Ties whose rows are exact patch differences of the stages' first convolution, before any patch is gathered.
+
+    ``weight``: its leaf; ``chosen``, ``other``: flat units of its output, int64 [K].
+    """
+
+    stages: Stages
+    weight: str
+    chosen: Tensor
+    other: Tensor
+
+    def __len__(self) -> int:
+        return int(self.chosen.numel())
+
+    def head(self, count: int) -> Bulk:
+        return Bulk(self.stages, self.weight, self.chosen[:count], self.other[:count])
+
+
 @dataclass(eq=False)
 class Findings:
     """What the decisions of one record came to."""
@@ -72,16 +91,21 @@ class Findings:
     touches: int = 0
     exemptions: Counter[str] = field(default_factory=Counter)
     rowsets: list[RowSet] = field(default_factory=list)
+    bulk: list[Bulk] = field(default_factory=list)
     pending: list[Pending] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
     open: list[Tensor] = field(default_factory=list)  # windows with a member that is not in T_j, in pieces
+    unlisted: int = 0  # rows that were counted only, since others prove a system empty
     partial: int = 0  # differences that went through the partial backward engine, and the seconds they took
     seconds: float = 0.0
 
     @property
     def differing(self) -> int:
         """Number of windows whose S_j \\ T_j is nonempty, as far as it is known."""
-        return len(np.unique(torch.cat(self.open).numpy())) if self.open else 0
+        seen = np.zeros(self.windows if self.open else 0, dtype=np.bool_)
+        for windows in self.open:
+            seen[windows.numpy()] = True
+        return int(np.count_nonzero(seen))
 
     def settle(self, pending: Pending, zero: Tensor) -> None:
         """Take in which of the pending differences were proved to be zero."""

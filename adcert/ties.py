@@ -10,7 +10,7 @@ from torch import Tensor
 from . import ops
 from .balls import SLACK, TINY, UNIT, gamma
 from .differences import Differences, Part, RowSet
-from .findings import Findings, Pending, Scope
+from .findings import Bulk, Findings, Pending, Scope
 from .records import Node, OpRecord, Ties, take
 from .stages import Stages, axes_of
 
@@ -20,7 +20,7 @@ _ROW, _HARD = 1, 3  # answers of the resolver
 def resolve(
     scope: Scope, record: OpRecord, ties: Ties, stages: Stages, found: Findings
 ) -> tuple[Tensor, Differences]:
-    """Discharge ties by congruence, write the exact rows, put normalised rows off.
+    """Discharge ties by congruence; put the exact rows and the normalised rows off.
 
     Returns:
         Windows and differences of y of the stages' base that are left to the general rules.
@@ -38,7 +38,7 @@ def resolve(
         return seen.window, Differences(seen.chosen, seen.other)
     if bool(rows.any()):
         found.open.append(seen.window[rows])
-        _exact_rows(scope, stages, weight, seen.chosen[rows], seen.other[rows], found)
+        found.bulk.append(Bulk(stages, weight, seen.chosen[rows], seen.other[rows]))
     hard &= (seen.chosen >= 0) & (seen.other >= 0) & (_own_gamma(scope, stages) is not None)
     if bool(hard.any()):
         differences = Differences(seen.chosen[hard], seen.other[hard])
@@ -90,17 +90,15 @@ def _signs(norm: Node | None, channel: Tensor) -> Tensor:
     return torch.ones(len(channel)) if factors is None else factors.detach().sign()[channel]
 
 
-def _exact_rows(
-    scope: Scope, stages: Stages, weight: str, chosen: Tensor, other: Tensor, found: Findings
-) -> None:
-    """Patch differences; a normalisation whose inputs tie puts one factor in front of each (THEORY, "Tie rows")."""
-    first = ops.distinct_rows(torch.stack([chosen, other], 1))
-    chosen, other = chosen[first], other[first]
+def exact_rows(scope: Scope, bulk: Bulk) -> RowSet:
+    """Patch differences; a normalisation whose inputs tie puts one factor in front of each."""
+    stages = bulk.stages
+    first = ops.distinct_rows(torch.stack([bulk.chosen, bulk.other], 1))
+    chosen, other = bulk.chosen[first], bulk.other[first]
     channel = _channel(stages, chosen)
     plus, minus = _patches(stages, chosen, other, _signs(stages.norm, channel))
-    part = Part(weight, torch.arange(len(channel)), channel, plus, minus)
-    below = scope.ranks.order.upstream[stages.base]
-    found.rowsets.append(RowSet(stages.base.name, "tie", len(channel), (part,), below))
+    part = Part(bulk.weight, torch.arange(len(channel)), channel, plus, minus)
+    return RowSet(stages.base.name, "tie", len(channel), (part,), scope.ranks.order.upstream[stages.base])
 
 
 def normalized_rows(scope: Scope, pending: Pending, found: Findings) -> Tensor:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import adcert
-from adcert import decisions, ops, partial, reference
+from adcert import analysis, conclusion, decisions, ops, partial, reference
 from adcert.differences import Differences
 from adcert.equality import base_of, follow_to, tied_pairs
 from adcert.findings import Findings, Pending, Scope
@@ -293,6 +293,43 @@ def test_bulk_and_general_rules_agree(seed: int, strict: bool, monkeypatch: pyte
     bulk = report(seed, strict)
     monkeypatch.setattr(decisions, "stages_above", lambda *_: None)
     assert report(seed, strict) == bulk
+
+
+@pytest.mark.parametrize("strict", [False, True])
+@pytest.mark.parametrize("seed", range(40))
+def test_a_sample_of_the_rows_changes_no_verdict(seed: int, strict: bool, monkeypatch: pytest.MonkeyPatch):
+    """Where rows abound a few of them are looked at first; the others are counted if those contradict each other."""
+    full = report(seed, strict)
+    monkeypatch.setattr(analysis, "SAMPLE", 2)
+    monkeypatch.setattr(analysis, "LARGE", 2)
+    monkeypatch.setattr(conclusion, "LARGE", 2)
+    sampled = report(seed, strict)
+    assert (sampled[0], sampled[1], sampled[3]) == (full[0], full[1], full[3])
+
+
+def test_samples_do_contradict_and_the_rest_is_counted(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(analysis, "SAMPLE", 64)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2)).double()
+    nn.init.ones_(model[0].weight)  # sums of nine small integers tie everywhere
+    adcert.convert(model)
+    x = torch.randint(0, 3, (16, 1, 16, 16)).double()
+    certificate = adcert.certify(lambda: model(x).sum(), model)
+    certificate.verify()
+    assert certificate.verdict.value == "uncertified"
+    (block,) = certificate.blocks
+    (layer,) = certificate.layers
+    assert len(block.rows) == 2
+    assert layer.rows > 200
+    assert layer.differing > 100
+
+
+def test_rows_left_out_without_a_proof_leave_the_step_undecided():
+    """Cannot happen; if it did, the step must not be certified."""
+    observed = conclusion.Observed([], [], (), [], {}, [], 3, {"w": (2,)}, False, (), {})
+    certificate = conclusion.conclude(observed)
+    assert certificate.verdict.value == "undecided"
+    assert "left out" in certificate.reasons[0]
 
 
 def test_the_random_networks_reach_every_answer():
