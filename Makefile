@@ -43,7 +43,7 @@ sanitize: $(STAMPS)/requirements
 	    ../../$(BIN)/python setup.py -q build_ext --inplace
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	    ../../$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_ops.py
+	    ../../$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_ops.py tests/test_resolve.py
 
 clean:
 	rm -rf build .stamps *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks adcert/_C.*

@@ -34,9 +34,13 @@ def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def of(results: Row, file: str, test: str) -> list[Row]:
-    """``extra_info``, ``params`` and ``stats`` of every benchmark of one test function."""
+    """``extra_info``, ``params``, ``stats`` and the parts of the id of every benchmark of one test function."""
     found = [row for row in results["benchmarks"] if f"{file}.py::{test}[" in row["fullname"]]
-    return [row["extra_info"] | {"params": row["params"], "stats": row["stats"]} for row in found]
+    return [
+        row["extra_info"]
+        | {"params": row["params"], "stats": row["stats"], "id": row["fullname"].split("[")[1].rstrip("]").split("-")}
+        for row in found
+    ]
 
 
 def machine(results: Row) -> str:
@@ -127,6 +131,30 @@ def rows(results: Row) -> str:
     return table(["rows of 27 columns", "answer", "time", "decided by"], lines)
 
 
+def kernels(results: Row) -> str:
+    """One line for each dtype, layout and window: forward and backward, each with the part of the floor reached."""
+    found: dict[tuple[str, ...], list[str]] = {}
+    for test in ("test_relu_pool_forward", "test_relu_pool_backward"):
+        for row in of(results, "bench_ops", test):
+            found.setdefault(tuple(row["id"]), []).append(f"{row['ratio']:.2f} ({100 * row['floor']:.0f} %)")
+    lines = [[*case, *cells] for case, cells in found.items() if len(cells) == 2]
+    return table(["dtype", "layout", "window", "forward", "backward"], lines)
+
+
+def systems(results: Row) -> str:
+    """Large systems: the time of one, whatever generator made it."""
+    lines = []
+    for row in of(results, "bench_feasibility", "test_decide"):
+        height, width, answer, made = row["id"]
+        time = seconds(row["stats"]["median"] / row["systems"])
+        lines.append([f"{int(height):,} x {width}", made, answer, time, row["reasons"][0]])
+    for row in of(results, "bench_feasibility", "test_thin_cone"):
+        height, width, *margin = row["id"]
+        cells = [f"margins of {'-'.join(margin)}", "nonempty", seconds(row["stats"]["median"]), row["reason"]]
+        lines.append([f"{int(height):,} x {width}", *cells])
+    return table(["rows x columns", "made of", "answer", "time", "decided by"], lines)
+
+
 def differences(results: Row) -> str:
     lines = [
         [name, str(row["params"]["count"]), seconds(row["seconds per difference"])]
@@ -148,12 +176,17 @@ STEPS = """\
 **Time of a step**, batch 128 of photographs, pairs in turn in one process: median ratio (quartiles). The next column
 pays for deferred work too: consecutive certified steps up to the last verdict, over plain ones. The naive step is
 Algorithm 2 written down directly (`benchmarks/naive.py`)."""
+KERNELS = """\
+**Kernels**, ReLU + max pooling of [128, 64, 32, 32] with ties and touches over torch's relu + max_pool2d; in brackets
+the part of the floor reached: the time a copy of the bytes that must move takes, over ours."""
 SECTIONS = (
     (STEPS, steps),
-    ("**Peak memory**, each measured in a process of its own.", memory),
+    ("**Peak memory**, medians of five processes of each kind in turn.", memory),
     ("**Batch size**, vgg11-bn on photographs, float32.", batches),
     ("**Ties**, vgg11-bn on noise and stripes, batch 128, float32.", ties),
     ("**Rows**, one system decided exactly.", rows),
+    ("**Large systems**, decided exactly (`benchmarks/bench_feasibility.py` has more kinds).", systems),
+    (KERNELS, kernels),
     ("**Partial backward engine**, two convolutions, batch 128.", differences),
 )
 
