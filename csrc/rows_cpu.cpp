@@ -111,7 +111,8 @@ Tensor distinct_rows(const Tensor& rows) {
     const uint64_t h = hash_bytes(row, size);
     int64_t& latest = last.at(static_cast<int64_t>(h >> 1), static_cast<int64_t>(h & 1));
     int64_t k = latest;
-    while (k >= 0 && size > 0 && std::memcmp(row, data + first[k] * size, static_cast<size_t>(size)) != 0) k = earlier[k];
+    while (k >= 0 && size > 0 && std::memcmp(row, data + first[k] * size, static_cast<size_t>(size)) != 0)
+      k = earlier[k];
     if (k >= 0) continue;
     earlier.push_back(latest);
     latest = static_cast<int64_t>(first.size());
