@@ -102,11 +102,14 @@ def _settle(
             found.open.append(windows[rows[moved]])
         rows = rows[~moved]
     if len(rows):
-        current = differences.select(rows)
-        size = max(int(current.plus.max()), int(current.minus.max())) + 2
-        keys, uses = torch.unique((current.plus + 1) * size + current.minus + 1, return_inverse=True)
-        distinct = Differences(keys // size - 1, keys % size - 1)
-        _own_rows(scope, Pending(base, distinct, rule, uses, None if windows is None else windows[rows]), found)
+        asked = Pending(
+            base,
+            differences.select(rows),
+            rule,
+            uses=torch.arange(len(rows)),
+            windows=None if windows is None else windows[rows],
+        )
+        _own_rows(scope, asked.merged(), found)
 
 
 def _bias_rows(scope: Scope, record: OpRecord, bias: Bias, groups: Differences, rule: str, found: Findings) -> None:

@@ -112,10 +112,6 @@ def through_record(record: OpRecord, g: Slices) -> Slices:
     return Slices(g.row, g.sample, ball.map(lambda t: t.reshape(len(g.row), *in_shape[1:])), in_shape)
 
 
-def rows_at(t: Tensor, sample: Tensor) -> Tensor:
-    return (t if t.dim() else t.reshape(1))[sample]
-
-
 def to_dense(count: int, g: Slices) -> Ball:
     """[count, *shape]."""
 

@@ -44,6 +44,11 @@ class Stages:
     conv: Node | None = None
     patches: tuple[int, ...] = ()
 
+    def channel(self, units: Tensor) -> Tensor:
+        """Channel of flat units of the first convolution's output."""
+        channels, rows, columns = self.patches[6], self.patches[12], self.patches[18]
+        return units // (rows * columns) % channels
+
     def add(
         self,
         kind: Kind,

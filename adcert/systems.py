@@ -163,11 +163,10 @@ def _labels(system: System, offsets: dict[str, int]) -> np.ndarray:
 
 def _block(system: System, offsets: dict[str, int], members: np.ndarray, memory: Memory | None) -> Block:
     """Fill the matrices of one block from the parts of its rows and decide it."""
-    place = {}
     pieces: list[tuple[Part, np.ndarray, np.ndarray]] = []
     rules: list[str] = []
     start = done = 0
-    used: dict[str, set[int]] = defaultdict(set)
+    used: dict[str, list[np.ndarray]] = defaultdict(list)
     for rowset in system.rowsets:
         mine = members[(members >= start) & (members < start + rowset.count)] - start
         if len(mine):
@@ -180,19 +179,21 @@ def _block(system: System, offsets: dict[str, int], members: np.ndarray, memory:
                 picked = np.flatnonzero(local >= 0)
                 if len(picked):
                     pieces.append((part, local[picked], picked))
-                    used[part.leaf] |= set(part.group.numpy()[picked].tolist())
+                    used[part.leaf].append(part.group.numpy()[picked])
         start += rowset.count
     columns, width = [], 0
+    place: dict[str, np.ndarray] = {}  # of every group of a leaf: its first column
     for leaf in sorted(used, key=offsets.__getitem__):
-        size = groups_of(system.shapes[leaf])[1]
-        for group in sorted(used[leaf]):
-            place[leaf, group] = width
-            columns.append(Column(leaf, np.arange(group * size, (group + 1) * size)))
-            width += size
+        count, size = groups_of(system.shapes[leaf])
+        groups = np.unique(np.concatenate(used[leaf]))
+        place[leaf] = np.full(count, -1)
+        place[leaf][groups] = width + size * np.arange(len(groups))
+        columns += [Column(leaf, np.arange(group * size, (group + 1) * size)) for group in groups.tolist()]
+        width += size * len(groups)
     plus, minus = np.zeros((done, width)), np.zeros((done, width))
     radius = np.zeros((done, width)) if any(part.radius is not None for part, _, _ in pieces) else None
     for part, local, picked in pieces:
-        at = np.array([place[part.leaf, group] for group in part.group.numpy()[picked].tolist()])
+        at = place[part.leaf][part.group.numpy()[picked]]
         index = (local[:, None], at[:, None] + np.arange(groups_of(system.shapes[part.leaf])[1]))
         taken = torch.from_numpy(picked)
         plus[index] += part.plus[taken].to(torch.float64).numpy()

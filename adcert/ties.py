@@ -69,12 +69,6 @@ def _own_gamma(scope: Scope, stages: Stages) -> str | None:
     return leaf if same and leaf in scope.ranks.order.own[stages.base] else None
 
 
-def _channel(stages: Stages, units: Tensor) -> Tensor:
-    """Channel of flat units of the first convolution's output."""
-    places = stages.patches[12] * stages.patches[18]
-    return units // places % stages.patches[6]
-
-
 def _patches(stages: Stages, chosen: Tensor, other: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
     """Patches of the units that have to win and of those that have to lose, once the slope's sign is taken in."""
     assert stages.conv is not None
@@ -95,7 +89,7 @@ def exact_rows(scope: Scope, bulk: Bulk) -> RowSet:
     stages = bulk.stages
     first = ops.distinct_rows(torch.stack([bulk.chosen, bulk.other], 1))
     chosen, other = bulk.chosen[first], bulk.other[first]
-    channel = _channel(stages, chosen)
+    channel = stages.channel(chosen)
     plus, minus = _patches(stages, chosen, other, _signs(stages.norm, channel))
     part = Part(bulk.weight, torch.arange(len(channel)), channel, plus, minus)
     return RowSet(stages.base.name, "tie", len(channel), (part,), scope.ranks.order.upstream[stages.base])
@@ -116,7 +110,7 @@ def normalized_rows(scope: Scope, pending: Pending, found: Findings) -> Tensor:
     weight, scale_leaf = _own_weight(scope, stages), _own_gamma(scope, stages)
     assert weight is not None and scale_leaf is not None
     x = norm._saved_input.detach()
-    channel = _channel(stages, d.plus)
+    channel = stages.channel(d.plus)
     step = take(x, d.plus).to(torch.float64) - take(x, d.minus).to(torch.float64)
     factors = norm._saved_weight
     factor = torch.ones_like(step) if factors is None else factors.detach().to(torch.float64)[channel]

@@ -83,7 +83,7 @@ def find_ties(pooled: Pooled) -> Ties:
     """S_j by comparing every cell of every window with the window's maximum."""
     pool = pooled.pool
     if pool.ceil_mode:
-        raise NotImplementedError(f"{pooled.name}: ceil_mode")
+        raise ValueError(f"{pooled.name}: unfold knows no ceil_mode, so the naive step does not either")
     a = F.relu(pooled.y.detach())
     a = a if a.dtype == torch.float64 else a.float()  # bfloat16 is exact in float32
     n, c, h, w = a.shape

@@ -150,7 +150,8 @@ def systems(results: Row) -> str:
         lines.append([f"{int(height):,} x {width}", made, answer, time, row["reasons"][0]])
     for row in of(results, "bench_feasibility", "test_thin_cone"):
         height, width, *margin = row["id"]
-        cells = [f"margins of {'-'.join(margin)}", "nonempty", seconds(row["stats"]["median"]), row["reason"]]
+        time = f"{seconds(row['stats']['median'] / row['systems'])}, worst {seconds(row['worst'])}"
+        cells = [f"margins of {'-'.join(margin)}", "nonempty", time, row["reasons"][0]]
         lines.append([f"{int(height):,} x {width}", *cells])
     return table(["rows x columns", "made of", "answer", "time", "decided by"], lines)
 

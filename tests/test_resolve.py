@@ -73,8 +73,7 @@ def confirm_rows(seen: Seen, base: OpRecord, stages: Stages, d: Differences) -> 
     own = seen.order().own[base]
     if leaf not in own or len(d) == 0:
         return
-    places = stages.patches[12] * stages.patches[18]
-    channel = d.plus // places % stages.patches[6]
+    channel = stages.channel(d.plus)
     x = stages.conv._saved_input
     patch = ops.conv_patches(x, d.plus, stages.patches) - ops.conv_patches(x, d.minus, stages.patches)
     gamma = torch.ones(len(d)) if stages.norm is None or stages.norm._saved_weight is None else (

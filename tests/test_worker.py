@@ -217,10 +217,17 @@ def lines(path: Path) -> list[dict]:
 
 
 def test_the_training_thread_does_not_wait_for_verdicts(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    monkeypatch.setattr(driver, "conclude", slow(0.1))
+    conclude, go = driver.conclude, threading.Event()
+
+    def held(observed: Observed, memory: object) -> Certificate:
+        go.wait(60)
+        return conclude(observed)
+
+    monkeypatch.setattr(driver, "conclude", held)
     with adcert.Monitor(network(), log=tmp_path / "log") as monitor:
         several = steps(monitor, monitor.model, 4)
-        assert several[-1]._certificate is None  # nobody waited
+        assert several[0]._certificate is None  # nobody waited
+        go.set()
         assert several[-1].certificate().verdict is Verdict.CERTIFIED
         assert several[0].summary["step"] == 1
     assert [line.get("step") for line in lines(tmp_path / "log")] == [1, 2, 3, 4, None]
