@@ -123,8 +123,9 @@ class StepAnalysis:
                 None
             )
             return
-        if int(record.nonfinite):
-            self.failures[f"{record.name}: {int(record.nonfinite)} NaN or infinite activations"] = None
+        nonfinite = int(record.counts[2])
+        if nonfinite:
+            self.failures[f"{record.name}: {nonfinite} NaN or infinite activations"] = None
         if record.altered():
             self.failures[f"{record.name}: its output was modified in place after it was recorded"] = None
 

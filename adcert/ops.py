@@ -4,12 +4,19 @@ Their meaning is :mod:`adcert.reference`, in plain PyTorch; their schemas are in
 operator saw (touches, ties) is among its outputs. Under autocast they run in the dtype of their input, as
 torch's own ReLU and max pooling do: none of them has an autocast rule, and none may get one, since a cast
 would make and destroy ties.
+
+The recording operators take a ``capacity``. None: their lists are as long as what was found, ascending; on a GPU that
+waits for the device once, and once more if there was more to find than room. A number: nothing waits and no shape
+depends on the data; each list has room for so many entries, ``counts`` tells how many were found, and only the first
+``min(found, capacity)`` entries mean something, on a GPU in no order. ``found > capacity`` is an overflow: which
+entries were kept is not defined, and whoever asked has to ask again with more room. This is the form for CUDA graphs
+and torch.compile.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,20 +44,22 @@ __all__ = [
 
 load()
 _OPS = torch.ops.adcert
+_ROOM = 4096  # entries of a list on a GPU, unless more are known to be needed
 
 # relu ------------------------------------------------------------------------------------------------------
 
 
-def relu(x: Tensor) -> ReluResult:
+def relu(x: Tensor, capacity: int | None = None) -> ReluResult:
     """ReLU and its touches (Algorithm 1, step 1) in one pass.
 
     Bitwise ``torch.relu(x)``, with its gradient: the proxy at the kink is 0.
 
     Args:
         x: any shape and strides; float32, float64, bfloat16 or float16.
+        capacity: room of the list, in entries; see the module.
 
     Returns:
-        ``output`` (differentiable), ``touches`` and ``nonfinite``: see :class:`adcert.reference.ReluResult`.
+        ``output`` (differentiable), ``touches`` and ``counts``: see :class:`adcert.reference.ReluResult`.
 
     Raises:
         RuntimeError: another dtype.
@@ -58,26 +67,25 @@ def relu(x: Tensor) -> ReluResult:
     >>> relu(torch.tensor([[-1.0, 0.0], [2.0, -0.0]])).touches
     tensor([1, 3])
     """
-    return ReluResult(*_OPS.relu(x))
+    return _listed(lambda room: ReluResult(*_OPS.relu(x, room)), x, capacity)
 
 
-def _relu_fake(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), _list(x), x.new_empty((1,), dtype=torch.int64)
+def _relu_fake(x: Tensor, capacity: int = -1) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), _list(x, capacity), _counts(x)
 
 
 torch.library.register_fake("adcert::relu", _relu_fake)
 
 
-def _relu_save(ctx: Any, inputs: tuple[Tensor], output: tuple[Tensor, Tensor, Tensor]) -> None:
+def _relu_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[0])
 
 
-def _relu_backward(ctx: Any, grad: Tensor | None, *_: None) -> Tensor | None:
+def _relu_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, None]:
     if grad is None:
-        return None
-    result: Tensor = torch.ops.aten.threshold_backward(grad, ctx.saved_tensors[0], 0)
-    return result
+        return None, None
+    return torch.ops.aten.threshold_backward(grad, ctx.saved_tensors[0], 0), None
 
 
 torch.library.register_autograd("adcert::relu", _relu_backward, setup_context=_relu_save)
@@ -85,7 +93,7 @@ torch.library.register_autograd("adcert::relu", _relu_backward, setup_context=_r
 # touches ---------------------------------------------------------------------------------------------------
 
 
-def touches(x: Tensor, kink: float = 0.0) -> TouchResult:
+def touches(x: Tensor, kink: float = 0.0, capacity: int | None = None) -> TouchResult:
     """The entries of ``x`` that equal ``kink`` (rounded to the dtype of ``x``), by a pass that only reads.
 
     Not differentiable; meant for kinked functions that run in place, or are not ours.
@@ -96,11 +104,11 @@ def touches(x: Tensor, kink: float = 0.0) -> TouchResult:
     >>> touches(torch.tensor([6.0, 5.0, 6.0]), kink=6.0).touches
     tensor([0, 2])
     """
-    return TouchResult(*_OPS.touches(x.detach(), kink))
+    return _listed(lambda room: TouchResult(*_OPS.touches(x.detach(), kink, room)), x, capacity)
 
 
-def _touches_fake(x: Tensor, kink: float = 0.0) -> tuple[Tensor, Tensor]:
-    return _list(x), x.new_empty((1,), dtype=torch.int64)
+def _touches_fake(x: Tensor, kink: float = 0.0, capacity: int = -1) -> tuple[Tensor, Tensor]:
+    return _list(x, capacity), _counts(x)
 
 
 torch.library.register_fake("adcert::touches", _touches_fake)
@@ -118,6 +126,7 @@ def max_pool2d(
     ceil_mode: bool = False,
     *,
     relu: bool = False,
+    capacity: int | None = None,
 ) -> PoolResult:
     """Max pooling, of ``relu(x)`` if ``relu``, with its ties (Algorithm 1, step 2) and touches in one pass.
 
@@ -132,6 +141,7 @@ def max_pool2d(
         dilation: distance of the cells of a window.
         ceil_mode: keep the windows that hang over the lower right border.
         relu: pool ``relu(x)``; then only windows with a positive maximum count as tied.
+        capacity: room of each list, in entries; see the module.
 
     Returns:
         ``output`` (differentiable) and what was seen: see :class:`adcert.reference.PoolResult`.
@@ -145,7 +155,8 @@ def max_pool2d(
     """
     kernel, pads = pair(kernel_size, "kernel_size"), pair(padding, "padding")
     strides, dilations = kernel if stride is None else pair(stride, "stride"), pair(dilation, "dilation")
-    return PoolResult(*_OPS.max_pool2d(x, kernel, strides, pads, dilations, ceil_mode, relu)[:6])
+    geometry = (kernel, strides, pads, dilations, ceil_mode)
+    return _listed(lambda room: PoolResult(*_OPS.max_pool2d(x, *geometry, relu, room)[:6]), x, capacity)
 
 
 _Ints = tuple[int, int] | list[int]
@@ -153,25 +164,32 @@ _PoolRaw = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
 
 
 def _max_pool2d_fake(
-    x: Tensor, kernel_size: _Ints, stride: _Ints, padding: _Ints, dilation: _Ints, ceil_mode: bool, relu: bool
+    x: Tensor,
+    kernel_size: _Ints,
+    stride: _Ints,
+    padding: _Ints,
+    dilation: _Ints,
+    ceil_mode: bool,
+    relu: bool,
+    capacity: int = -1,
 ) -> _PoolRaw:
     taps = kernel_size[0] * kernel_size[1]
     base = torch.empty_like(x) if relu else x
     geometry = (kernel_size, stride, padding, dilation, ceil_mode)
     output, _ = torch.ops.aten.max_pool2d_with_indices(base, *geometry)
     offsets = torch.empty_like(output, dtype=torch.uint8 if taps <= 255 else torch.int32)
-    windows = _list(x)
+    windows = _list(x, capacity)
     members = x.new_empty((windows.shape[0], -(-taps // 64)), dtype=torch.int64)
     routes = torch.empty_like(offsets) if relu else offsets.new_empty((0,))
-    touched = _list(x) if relu else x.new_empty((0,), dtype=torch.int64)
-    return output, offsets, windows, members, touched, x.new_empty((1,), dtype=torch.int64), routes
+    touched = _list(x, capacity) if relu else x.new_empty((0,), dtype=torch.int64)
+    return output, offsets, windows, members, touched, _counts(x), routes
 
 
 torch.library.register_fake("adcert::max_pool2d", _max_pool2d_fake)
 
 
 def _max_pool2d_save(ctx: Any, inputs: tuple[Any, ...], output: _PoolRaw) -> None:
-    x, *geometry, _, relu = inputs
+    x, *geometry, _, relu, _ = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[6] if relu else output[1])
     ctx.geometry, ctx.size = geometry, x.shape[-2:]
@@ -180,9 +198,9 @@ def _max_pool2d_save(ctx: Any, inputs: tuple[Any, ...], output: _PoolRaw) -> Non
 
 def _max_pool2d_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
     if grad is None:
-        return (None,) * 7
+        return (None,) * 8
     (routes,) = ctx.saved_tensors
-    return _OPS.max_pool2d_backward(grad, routes, *ctx.size, *ctx.geometry, ctx.channels_last), *(None,) * 6
+    return _OPS.max_pool2d_backward(grad, routes, *ctx.size, *ctx.geometry, ctx.channels_last), *(None,) * 7
 
 
 torch.library.register_autograd("adcert::max_pool2d", _max_pool2d_backward, setup_context=_max_pool2d_save)
@@ -392,9 +410,43 @@ torch.library.register_fake("adcert::opposite_rows", lambda plus, minus, group: 
 # helpers ---------------------------------------------------------------------------------------------------
 
 
-def _list(x: Tensor) -> Tensor:
-    """A fake int64 list of unknown length."""
-    return x.new_empty((torch.library.get_ctx().new_dynamic_size(),), dtype=torch.int64)
+Result = TypeVar("Result", ReluResult, TouchResult, PoolResult)
+
+
+def _listed(call: Callable[[int], Result], x: Tensor, capacity: int | None) -> Result:
+    """Calls a recording operator; without a capacity its lists are exact and ascending on every device."""
+    if capacity is not None:
+        if capacity < 0:
+            raise ValueError(f"capacity is a number of entries, at least 0, got {capacity}")
+        return call(capacity)
+    if not x.is_cuda:
+        return call(-1)
+    room = _ROOM
+    while True:
+        result = call(room)
+        windows, touches, _ = result.counts.tolist()
+        if max(windows, touches) <= room:
+            return ordered(result, windows, touches)
+        room = max(windows, touches)
+
+
+def ordered(result: Result, windows: int, touches: int) -> Result:
+    """The first so many entries of lists that are in no order, ascending."""
+    result = result._replace(touches=result.touches[:touches].sort().values)
+    if isinstance(result, PoolResult):
+        indices, order = result.windows[:windows].sort()
+        result = result._replace(windows=indices, members=result.members[:windows][order])
+    return result
+
+
+def _list(x: Tensor, capacity: int = -1) -> Tensor:
+    """A fake int64 list with room for so many entries; -1: of unknown length."""
+    length = torch.library.get_ctx().new_dynamic_size() if capacity < 0 else capacity
+    return x.new_empty((length,), dtype=torch.int64)
+
+
+def _counts(x: Tensor) -> Tensor:
+    return x.new_empty((3,), dtype=torch.int64)
 
 
 def _plain(x: Tensor) -> bool:

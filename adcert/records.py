@@ -76,7 +76,7 @@ class OpRecord:
     relu: bool
     ties: Ties | None
     touches: Tensor
-    nonfinite: Tensor
+    counts: Tensor
     output: Tensor
     version: int
     input_shape: tuple[int, ...]
@@ -130,8 +130,8 @@ class Recorder:
         with torch._C.DisableTorchFunction():
             if _differentiable(x):
                 self._read(x, name)
-                output, touches, nonfinite = self._relu_in_place(x) if inplace else ops.relu(x)
-                self._add(name, output, tuple(x.shape), True, None, touches, nonfinite)
+                output, touches, counts = self._relu_in_place(x) if inplace else ops.relu(x)
+                self._add(name, output, tuple(x.shape), True, None, touches, counts)
                 return output
         return F.relu(x, inplace=inplace)
 
@@ -143,7 +143,7 @@ class Recorder:
                 self._read(x, name)
                 result = ops.max_pool2d(x, *geometry, ceil_mode, relu=relu)
                 ties = Ties(result.windows, result.members, result.offsets, window)
-                self._add(name, result.output, tuple(x.shape), relu, ties, result.touches, result.nonfinite)
+                self._add(name, result.output, tuple(x.shape), relu, ties, result.touches, result.counts)
                 return result.output
         a = F.relu(x) if relu else x
         output: Tensor = F.max_pool2d(a, *geometry, ceil_mode)
@@ -165,7 +165,7 @@ class Recorder:
             record.version = output._version
         if self.witness is not None:
             self.witness.wrote(output)
-        return output, seen.touches, seen.nonfinite
+        return output, seen.touches, seen.counts
 
     def _add(
         self,
@@ -175,13 +175,13 @@ class Recorder:
         relu: bool,
         ties: Ties | None,
         touches: Tensor,
-        nonfinite: Tensor,
+        counts: Tensor,
     ) -> None:
         """Keep what was seen; the caller has switched the function mode off."""
         uses = self._uses[name] = self._uses.get(name, 0) + 1
         unique = name if uses == 1 else f"{name}#{uses}"
         kept = output.detach()
-        record = OpRecord(unique, output.grad_fn, relu, ties, touches, nonfinite, kept, output._version, shape)
+        record = OpRecord(unique, output.grad_fn, relu, ties, touches, counts, kept, output._version, shape)
         self.records.append(record)
 
 

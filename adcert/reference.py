@@ -25,19 +25,19 @@ class ReluResult(NamedTuple):
     Attributes:
         output: ``max(x, 0)``, shape, dtype and strides of ``torch.relu(x)``; -0.0 and NaN pass unchanged.
         touches: int64 ``[M]``, ascending flat indices (row-major in ``x.shape``) of the units at 0.
-        nonfinite: int64 ``[1]``, the number of NaN or infinite entries of ``x``.
+        counts: int64 ``[3]``: tied windows (0), touches, NaN or infinite entries of ``x``.
     """
 
     output: Tensor
     touches: Tensor
-    nonfinite: Tensor
+    counts: Tensor
 
 
 class TouchResult(NamedTuple):
     """What :func:`touches` returns; see :class:`ReluResult`."""
 
     touches: Tensor
-    nonfinite: Tensor
+    counts: Tensor
 
 
 class PoolResult(NamedTuple):
@@ -53,7 +53,7 @@ class PoolResult(NamedTuple):
         members: int64 ``[T, W]``, ``W = ceil(KH * KW / 64)``; bit ``(kh * KW + kw) % 64`` of word
             ``(kh * KW + kw) // 64`` is set iff that cell lies in the image and attains the maximum.
         touches: int64 ``[M]``, ascending flat indices of the input cells at 0; empty unless ``relu=True``.
-        nonfinite: int64 ``[1]``, the number of NaN or infinite entries of ``x``.
+        counts: int64 ``[3]``: tied windows, touches, NaN or infinite entries of ``x``.
     """
 
     output: Tensor
@@ -61,7 +61,7 @@ class PoolResult(NamedTuple):
     windows: Tensor
     members: Tensor
     touches: Tensor
-    nonfinite: Tensor
+    counts: Tensor
 
 
 #: Integers a stage of :func:`resolve_ties` takes: kind, relu, numbers of the tensors ``values`` and ``offsets``
@@ -112,7 +112,7 @@ def relu(x: Tensor) -> ReluResult:
     tensor([1, 3])
     """
     found = touches(x)
-    return ReluResult(torch.relu(x), found.touches, found.nonfinite)
+    return ReluResult(torch.relu(x), found.touches, found.counts)
 
 
 def touches(x: Tensor, kink: float = 0.0) -> TouchResult:
@@ -123,7 +123,8 @@ def touches(x: Tensor, kink: float = 0.0) -> TouchResult:
     """
     _check_dtype(x, "touches")
     flat = x.detach().reshape(-1)
-    return TouchResult((flat == kink).nonzero().reshape(-1), (~flat.isfinite()).sum().reshape(1))
+    found = (flat == kink).nonzero().reshape(-1)
+    return TouchResult(found, _counts(0, len(found), (~flat.isfinite()).sum(), x))
 
 
 def max_pool2d(
@@ -167,8 +168,9 @@ def max_pool2d(
     layout = _layout(a)
     output = cells.gather(-1, selected[..., None]).squeeze(-1).clone(memory_format=layout)
     offsets = selected.to(torch.uint8 if kh * kw <= 255 else torch.int32).clone(memory_format=layout)
-    none = found.touches[:0]
-    return PoolResult(output, offsets, windows, members, found.touches if relu else none, found.nonfinite)
+    touched = found.touches if relu else found.touches[:0]
+    counts = _counts(len(windows), len(touched), found.counts[2], x)
+    return PoolResult(output, offsets, windows, members, touched, counts)
 
 
 def pool_indices(
@@ -387,6 +389,10 @@ def _taps(
             raise RuntimeError("max_pool2d: a window holds no cell of the image (dilation steps over it)")
         result.append(taps)
     return result[0], result[1]
+
+
+def _counts(windows: int, touches: int, nonfinite: Tensor, like: Tensor) -> Tensor:
+    return torch.tensor([windows, touches, int(nonfinite)], device=like.device)
 
 
 def _check_dtype(x: Tensor, op: str) -> None:

@@ -86,6 +86,16 @@ inline torch::stable::Tensor to_tensor(const std::vector<int64_t>& values, const
   return to_tensor(values, {static_cast<int64_t>(values.size())}, like);
 }
 
+// A list of `words` int64 for each entry: all of it, or with a capacity of 0 or more exactly so many entries.
+inline torch::stable::Tensor to_list(const std::vector<int64_t>& values, int64_t words, int64_t capacity, bool matrix,
+                                     const torch::stable::Tensor& like) {
+  const int64_t found = words > 0 ? static_cast<int64_t>(values.size()) / words : 0;
+  std::vector<int64_t> kept(values);
+  if (capacity >= 0) kept.resize(static_cast<size_t>(capacity * words), -1);
+  const int64_t entries = capacity >= 0 ? capacity : found;
+  return matrix ? to_tensor(kept, {entries, words}, like) : to_tensor(kept, {entries}, like);
+}
+
 // Iterations for each thread to be worth waking it.
 inline int64_t grain(int64_t work_per_iteration) {
   return std::max<int64_t>(1, 32768 / std::max<int64_t>(1, work_per_iteration));

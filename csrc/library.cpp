@@ -1,9 +1,9 @@
 // Every operator of adcert: the table of contents. Kernels are in <family>_cpu.cpp, meanings in adcert/ops.py.
 //
-//   relu                 max(x, 0); touches: ascending flat indices with x == 0; nonfinite: [1] count of NaN and inf
-//   touches              the same without an output, for any kink
-//   max_pool2d           pooling of x, or of relu(x); offsets: in-window offset of the selected member; windows:
-//                        ascending flat output indices with two or more maximisers; members: their bit sets; routes
+//   relu                 max(x, 0); touches: flat indices with x == 0; counts: [3] of tied windows, touches, NaN and
+//   inf touches              the same without an output, for any kink max_pool2d           pooling of x, or of relu(x);
+//   offsets: in-window offset of the selected member; windows:
+//                        flat output indices with two or more maximisers; members: their bit sets; routes
 //                        (relu only, else empty): offsets where the gradient flows, KH * KW where ReLU stops it
 //   max_pool2d_backward  sends grad to the cells that routes (or offsets) name; batch of grad a multiple of theirs
 //   max_pool2d_gather    its adjoint: reads those cells
@@ -11,15 +11,21 @@
 //   conv_patches         patches of a convolution's input, one row for each output unit
 //   distinct_rows        ascending indices of the first of equal rows
 //   opposite_rows        a row that seems the opposite of an earlier one of its group
+//
+// capacity of a recording operator: -1, its lists are as long as what was found, ascending (on the CPU); else they have
+// room for so many entries, counts tells how many were found, and what is beyond is unspecified. On CUDA the entries
+// are in no order, and nothing waits for the device.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY(adcert, m) {
-  m.def("relu(Tensor x) -> (Tensor output, Tensor touches, Tensor nonfinite)");
-  m.def("touches(Tensor x, float kink=0.0) -> (Tensor touches, Tensor nonfinite)");
+#include "namespace.h"
+
+STABLE_TORCH_LIBRARY(ADCERT_LIBRARY, m) {
+  m.def("relu(Tensor x, int capacity=-1) -> (Tensor output, Tensor touches, Tensor counts)");
+  m.def("touches(Tensor x, float kink=0.0, int capacity=-1) -> (Tensor touches, Tensor counts)");
   m.def(
       "max_pool2d(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode, "
-      "bool relu) -> (Tensor output, Tensor offsets, Tensor windows, Tensor members, Tensor touches, "
-      "Tensor nonfinite, Tensor routes)");
+      "bool relu, int capacity=-1) -> (Tensor output, Tensor offsets, Tensor windows, Tensor members, Tensor touches, "
+      "Tensor counts, Tensor routes)");
   m.def(
       "max_pool2d_backward(Tensor grad, Tensor routes, SymInt height, SymInt width, int[2] kernel_size, "
       "int[2] stride, int[2] padding, int[2] dilation, bool channels_last) -> Tensor");

@@ -221,7 +221,7 @@ using Pairs = const std::vector<int64_t>&;
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> max_pool2d(
     const Tensor& x, std::vector<int64_t> kernel, std::vector<int64_t> stride, std::vector<int64_t> padding,
-    std::vector<int64_t> dilation, bool ceil_mode, bool relu) {
+    std::vector<int64_t> dilation, bool ceil_mode, bool relu, int64_t capacity) {
   check_floating(x, "max_pool2d");
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   const Window window = make_window(shape, kernel, stride, padding, dilation, ceil_mode);
@@ -240,13 +240,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> max_pool2d(
   const Found found = by_dtype(x.scalar_type(), [&](auto zero) {
     return pool_all<decltype(zero)>(from, out, offsets, routes, window, batch, channels, channels_last, relu);
   });
-  return {out,
-          offsets,
-          to_tensor(found.windows, x),
-          to_tensor(found.members, {static_cast<int64_t>(found.windows.size()), window.words()}, x),
-          to_tensor(found.touches, x),
-          to_tensor({found.nonfinite}, x),
-          routes};
+  return {
+      out,
+      offsets,
+      to_list(found.windows, 1, capacity, false, x),
+      to_list(found.members, window.words(), capacity, true, x),
+      to_list(found.touches, 1, relu ? capacity : std::min<int64_t>(capacity, 0), false, x),
+      to_tensor(
+          {static_cast<int64_t>(found.windows.size()), static_cast<int64_t>(found.touches.size()), found.nonfinite}, x),
+      routes};
 }
 
 }  // namespace

@@ -105,19 +105,23 @@ Found scan_any(const Tensor& x, const Tensor* out, double kink) {
   return by_dtype(x.scalar_type(), [&](auto zero) { return scan_all<decltype(zero)>(x, out, kink); });
 }
 
-std::tuple<Tensor, Tensor, Tensor> relu(const Tensor& x) {
+Tensor counts_of(const Found& found, const Tensor& like) {
+  return to_tensor({0, static_cast<int64_t>(found.touches.size()), found.nonfinite}, like);
+}
+
+std::tuple<Tensor, Tensor, Tensor> relu(const Tensor& x, int64_t capacity) {
   check_floating(x, "relu");
   const Tensor from = dense(x);
   const Tensor out = fresh(torch::stable::empty_like(from));
   const Found found = scan_any(from, &out, 0.0);
-  return {out, to_tensor(found.touches, x), to_tensor({found.nonfinite}, x)};
+  return {out, to_list(found.touches, 1, capacity, false, x), counts_of(found, x)};
 }
 
-std::tuple<Tensor, Tensor> touches(const Tensor& x, double kink) {
+std::tuple<Tensor, Tensor> touches(const Tensor& x, double kink, int64_t capacity) {
   check_floating(x, "touches");
   STD_TORCH_CHECK(kink == kink, "touches: the kink must not be NaN");
   const Found found = scan_any(dense(x), nullptr, kink);
-  return {to_tensor(found.touches, x), to_tensor({found.nonfinite}, x)};
+  return {to_list(found.touches, 1, capacity, false, x), counts_of(found, x)};
 }
 
 }  // namespace

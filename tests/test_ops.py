@@ -67,7 +67,7 @@ def plain(x: Tensor, *geometry: Any, relu: bool) -> Tensor:
 def test_relu_touches_both_zeros() -> None:
     result = ops.relu(torch.tensor([[-1.0, 0.0, NAN], [2.0, -0.0, INF]]))
     assert result.touches.tolist() == [1, 4]
-    assert result.nonfinite.tolist() == [2]
+    assert result.counts.tolist() == [0, 2, 2]
     assert torch.signbit(result.output).tolist() == [[False, False, False], [False, True, False]]
 
 
@@ -86,12 +86,12 @@ def test_tie_literal(dtype: torch.dtype, layout: torch.memory_format) -> None:
     assert pool.windows.tolist() == [0, 1, 3, 5]
     assert pool.members.tolist() == [[0b0110], [0b1111], [0b0011], [0b0011]]
     assert pool.touches.tolist() == []
-    assert pool.nonfinite.tolist() == [2]
+    assert pool.counts.tolist() == [4, 0, 2]
     fused = ops.max_pool2d(x, 2, relu=True)
     assert fused.offsets.tolist() == [[[[1, 0, 0]], [[0, 1, 0]]]]
     assert fused.windows.tolist() == [0, 1]
     assert fused.touches.tolist() == [7, 10, 12, 13]
-    assert fused.nonfinite.tolist() == [2]
+    assert fused.counts.tolist() == [2, 4, 2]
 
 
 def test_negative_zero_ties_with_zero_and_stays() -> None:
@@ -164,6 +164,34 @@ def test_touch_outside_every_window() -> None:
     # the last column is in no window, but its unit is on the kink all the same
     x = torch.tensor([[[1.0, 2.0, 0.0], [3.0, 4.0, 5.0]]])
     assert ops.max_pool2d(x, 2, relu=True).touches.tolist() == [2]
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
+def test_capacity_bounds_the_lists(layout: str) -> None:
+    x = image(torch.float32, layout)
+    exact, touched = ops.max_pool2d(x, 2, relu=True), ops.relu(x)
+    windows, touches, _ = exact.counts.tolist()
+    assert windows > 9
+    assert touches > windows
+    for room in (0, 9, windows, touches + 5):
+        pool, relu = ops.max_pool2d(x, 2, relu=True, capacity=room), ops.relu(x, capacity=room)
+        assert_same(pool.output, exact.output)
+        assert_same(relu.output, touched.output)
+        assert torch.equal(pool.counts, exact.counts)
+        assert torch.equal(relu.counts, touched.counts)
+        assert [len(pool.windows), len(pool.members), len(pool.touches), len(relu.touches)] == [room] * 4
+        kept = min(room, windows)
+        if room >= windows:
+            assert torch.equal(pool.windows[:kept].sort().values, exact.windows)
+            assert torch.equal(pool.members[:kept][pool.windows[:kept].argsort()], exact.members)
+        if room >= touches:
+            assert torch.equal(pool.touches[:touches].sort().values, exact.touches)
+            assert torch.equal(relu.touches[:touches].sort().values, touched.touches)
+
+
+def test_negative_capacity() -> None:
+    with pytest.raises(ValueError, match="capacity"):
+        ops.relu(torch.zeros(3), capacity=-2)
 
 
 # reference and torch
@@ -370,11 +398,11 @@ def samples(name: str) -> Iterator[tuple[Any, ...]]:
         x = image(dtype, layout, special=False).detach().requires_grad_(grad)
         pairs = ((3, 3), (2, 2), (1, 1), (1, 1))
         if name == "relu":
-            yield (x,)
+            yield from ((x,), (x, 7))
         elif name == "touches":
-            yield (x.detach(), 1.0)
+            yield from ((x.detach(), 1.0), (x.detach(), 1.0, 0))
         elif name == "max_pool2d":
-            yield (x, *pairs, True, False)
+            yield from ((x, *pairs, True, False), (x, *pairs, True, True, 5))
             yield (x, (2, 2), (2, 2), (0, 0), (1, 1), False, True)
             yield (x, (9, 9), (4, 4), (0, 0), (1, 1), False, True)
         elif name in ("resolve_ties", "conv_patches", "distinct_rows", "opposite_rows"):
