@@ -1,17 +1,12 @@
 // Small open-addressing tables from pairs of places to answers: one a thread, nothing shared, nothing erased.
 #pragma once
 
-#include <bit>
 #include <cstdint>
 #include <vector>
 
-namespace adcert {
+#include "values.h"
 
-inline uint64_t mix(uint64_t h) {
-  h = (h ^ (h >> 32)) * 0x9e3779b97f4a7c15ull;
-  h = (h ^ (h >> 29)) * 0xbf58476d1ce4e5b9ull;
-  return h ^ (h >> 32);
-}
+namespace adcert {
 
 // A key is two numbers >= 0; the value of a new key is `fresh`.
 template <class V>

@@ -1,9 +1,7 @@
 // Max pooling, fused with ReLU or not, with its ties and touches in one pass over x.
 //
-// A lane is one output: a column of an output row (NCHW) or a channel of an output pixel (NHWC). A lane sees the taps
-// of its window in row-major order, so the first maximum stays selected, and a NaN, which beats everything, is
-// replaced only by a later NaN: torch's rule. It also remembers the last tap that attains the maximum: where that is
-// another one the window is tied. The few tied windows are looked at again, one by one.
+// A lane (values.h) is one output: a column of an output row (NCHW) or a channel of an output pixel (NHWC). The few
+// tied windows are looked at again, one by one.
 
 #include <torch/csrc/stable/library.h>
 
@@ -24,13 +22,13 @@ ADCERT_INLINE void see_row(const T* __restrict x, int64_t n, L tap, int64_t at, 
     Best<T, L> best{t.maximum[i], {}, t.offset[i], t.last[i]};
     if constexpr (Tile<T, L>::kBits) best.value = t.value[i];
     best.see(RELU ? rectify(v) : v, tap);
-    best.save(t, i);
+    save(best, t, i);
   }
 }
 
 template <class T, class L>
 ADCERT_INLINE void reset(Tile<T, L>& t, int64_t at, int64_t n, L first) {
-  for (int64_t i = at; i < at + n; ++i) Best<T, L>{Value<T>::lowest, Value<T>::lowest_value, first, first}.save(t, i);
+  for (int64_t i = at; i < at + n; ++i) save(Best<T, L>{Value<T>::lowest, Value<T>::lowest_value, first, first}, t, i);
 }
 
 // line[j * stride + p] -> split[p * count + j]. Stride 2 apart from the rest: only then are whole vectors loaded.

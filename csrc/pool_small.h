@@ -37,7 +37,7 @@ struct First : Best<T, L> {
 
   ADCERT_INLINE void save(Tile<T, L>& t, int64_t i) {
     if constexpr (kRaw) value = maximum > 0 ? static_cast<T>(maximum) : value;
-    Best<T, L>::save(t, i);
+    adcert::save(*this, t, i);
   }
 };
 
@@ -120,10 +120,11 @@ ADCERT_INLINE void see_square(const T* top, const T* bottom, int64_t begin, int6
 template <bool RELU, class T, class L>
 ADCERT_INLINE void fill_square(const Job<T>& job, const T* image, int64_t oh, int64_t t0, int64_t n, int64_t at,
                                Tile<T, L>& t) {
-  constexpr int64_t kHalf = kRow / 2;
+  constexpr int64_t kHalf = kShortRow / 2;
   const T *top = image + 2 * oh * job.window.width.size + 2 * t0, *bottom = top + job.window.width.size;
-  if (n >= kRow)
-    for (int64_t i = 0; i < n; i += kRow) see_square<RELU>(top, bottom, std::min(i, n - kRow), kRow, at, t);
+  if (n >= kShortRow)
+    for (int64_t i = 0; i < n; i += kShortRow)
+      see_square<RELU>(top, bottom, std::min(i, n - kShortRow), kShortRow, at, t);
   else if (n >= kHalf)
     for (int64_t i = 0; i < n; i += kHalf) see_square<RELU>(top, bottom, std::min(i, n - kHalf), kHalf, at, t);
   else
@@ -135,7 +136,7 @@ ADCERT_INLINE void fill_square(const Job<T>& job, const T* image, int64_t oh, in
 // Rows are split two ahead: a processor stalls on reading across two stores that it has just made.
 template <class T>
 struct Lines {
-  static constexpr int64_t kPitch = kTile + 2 * kRow;
+  static constexpr int64_t kPitch = kTile + 2 * kShortRow;
   static constexpr int64_t kRows = 5;
   T side[kRows][kPitch], middle[kRows][kPitch], none[kPitch];
   const T* image = nullptr;
@@ -161,13 +162,14 @@ struct Lines {
   // Row r for n lanes. In the first window the padding changes places with the cell beside it, so that a lane always
   // begins with a cell of the image.
   ADCERT_INLINE void split(const Axis& w, int64_t r, int64_t n) {
-    constexpr int64_t kHalf = kRow / 2;
+    constexpr int64_t kHalf = kShortRow / 2;
     const T* from = image + r * w.size + 2 * t0;
     const int64_t room = w.size - 2 * t0, lanes = n + 1 - w.padding, pairs = std::min(lanes, room / 2);
     T *a = side[r % kRows], *b = middle[r % kRows];
     T *even = w.padding ? b : a, *odd = w.padding ? a + 1 : b;
-    if (pairs >= kRow)
-      for (int64_t j = 0; j < pairs; j += kRow) split_pairs(from, std::min(j, pairs - kRow), kRow, even, odd);
+    if (pairs >= kShortRow)
+      for (int64_t j = 0; j < pairs; j += kShortRow)
+        split_pairs(from, std::min(j, pairs - kShortRow), kShortRow, even, odd);
     else if (pairs >= kHalf)
       for (int64_t j = 0; j < pairs; j += kHalf) split_pairs(from, std::min(j, pairs - kHalf), kHalf, even, odd);
     else
@@ -202,7 +204,7 @@ ADCERT_INLINE void fill_three(const Job<T>& job, const T* image, int64_t oh, int
     p[k + 2] = in ? lines.side[slot] + 1 : lines.none;
     for (int64_t kw = 0; kw < 3; ++kw) tap[k + kw] = static_cast<L>(3 * kh + kw);
   }
-  for (int64_t i = 0; i < n; i += kRow) see_taps<RELU>(p, tap, i, kRow, at, t, std::make_index_sequence<8>{});
+  for (int64_t i = 0; i < n; i += kShortRow) see_taps<RELU>(p, tap, i, kShortRow, at, t, std::make_index_sequence<8>{});
   if (w.start(t0) >= 0) return;
   t.offset[at] += t.offset[at] % 3 == 0 ? 1 : 0;
   t.last[at] += t.last[at] % 3 == 0 ? 1 : 0;

@@ -38,36 +38,20 @@ template <class T, class L>
 struct Tile {
   using Key = typename Value<T>::Key;
   static constexpr bool kBits = !std::is_same_v<T, Key>;  // keys of half types forget the sign of zero
-  static constexpr int64_t kLanes = kTile + kRow;         // the last lanes taken at once may be more than are left
+  static constexpr int64_t kLanes = kTile + kShortRow;    // the last lanes taken at once may be more than are left
   Key maximum[kLanes];
   T value[kBits ? kLanes : 1];
   L offset[kLanes], last[kLanes];  // the first and the last tap that attains the maximum: a tie if they differ
   uint8_t tied[kTile];
 };
 
-// One lane. It begins with its first value or, with -inf, before it.
 template <class T, class L>
-struct Best {
-  typename Value<T>::Key maximum;
-  T value;
-  L offset, last;
-
-  ADCERT_INLINE void see(T v, L tap) {
-    const auto k = Value<T>::key(v);
-    const bool nan = Value<T>::is_nan(k), take = (k > maximum) | nan, attains = take | (k == maximum);
-    last = attains ? tap : last;
-    maximum = take ? k : maximum;
-    offset = take ? tap : offset;
-    value = take ? v : value;
-  }
-
-  ADCERT_INLINE void save(Tile<T, L>& t, int64_t i) const {
-    t.maximum[i] = maximum;
-    if constexpr (Tile<T, L>::kBits) t.value[i] = value;
-    t.offset[i] = offset;
-    t.last[i] = last;
-  }
-};
+ADCERT_INLINE void save(const Best<T, L>& best, Tile<T, L>& t, int64_t i) {
+  t.maximum[i] = best.maximum;
+  if constexpr (Tile<T, L>::kBits) t.value[i] = best.value;
+  t.offset[i] = best.offset;
+  t.last[i] = best.last;
+}
 
 // One tied window: which cells attain its maximum. image: its plane; cells of a row are `across` apart, rows `down`.
 template <bool RELU, class T>

@@ -4,11 +4,10 @@
 
 #include <algorithm>
 
-#include "checks.h"
 #include "collect.h"
 #include "lanes.h"
+#include "route.h"
 #include "route_small.h"
-#include "tensors.h"
 
 namespace adcert {
 namespace {
@@ -95,77 +94,42 @@ void gather_chunk(const Routing<T, R>& job, int64_t period, int64_t begin, int64
   }
 }
 
-// Everything both directions share. gather: x [.., H, W] -> [.., OH, OW]; else grad [.., OH, OW] -> [.., H, W].
-Tensor route(const Tensor& from, const Tensor& routes, const Window& window, bool channels_last, bool gather) {
-  const int64_t d = from.dim();
-  std::vector<int64_t> shape(from.sizes().begin(), from.sizes().end());
-  const int64_t batch = d == 4 ? shape[0] : 1, period = d == 4 ? routes.size(0) : 1;
-  const int64_t rows = gather ? window.height.size : window.height.count;
-  const int64_t columns = gather ? window.width.size : window.width.count;
-  STD_TORCH_CHECK(routes.dim() == d && shape[d - 2] == rows && shape[d - 1] == columns &&
-                      routes.size(d - 2) == window.height.count && routes.size(d - 1) == window.width.count &&
-                      routes.size(d - 3) == shape[d - 3] && (period == 0 ? batch == 0 : batch % period == 0),
-                  "max_pool2d routes do not fit the tensor: dimensions ", routes.dim(), " and ", d, ", rows ",
-                  routes.size(d - 2), " and ", shape[d - 2], ", columns ", routes.size(d - 1), " and ", shape[d - 1]);
-  const bool narrow = routes.scalar_type() == ScalarType::Byte;
-  STD_TORCH_CHECK(narrow || routes.scalar_type() == ScalarType::Int, "max_pool2d: routes must be uint8 or int32");
-  shape[d - 2] = gather ? window.height.count : window.height.size;
-  shape[d - 1] = gather ? window.width.count : window.width.size;
-  const Tensor source = in_format(from, channels_last), named = in_format(routes, channels_last);
-  const Tensor to = empty(from, shape, from.scalar_type(), channels_last);
+Tensor run(const Route& route, bool gather) {
+  const Window& window = route.window;
   std::vector<int64_t> cell;
   for (int64_t k = 0; k < window.taps(); ++k)
     cell.push_back(k / window.width.kernel * window.height.dilation * window.width.size +
                    k % window.width.kernel * window.width.dilation);
-
-  const int64_t channels = shape[d - 3], repeat = channels_last ? 1 : channels;
-  const auto run = [&](auto zero, auto r) {
+  const int64_t repeat = route.channels_last ? 1 : route.channels, period = route.period * repeat;
+  const auto run_as = [&](auto zero, auto r) {
     using T = decltype(zero);
     using R = decltype(r);
-    const Routing<T, R> job{static_cast<const T*>(source.const_data_ptr()),
-                            static_cast<const R*>(named.const_data_ptr()),
-                            static_cast<T*>(to.mutable_data_ptr()),
+    const Routing<T, R> job{static_cast<const T*>(route.source.const_data_ptr()),
+                            static_cast<const R*>(route.routes.const_data_ptr()),
+                            static_cast<T*>(route.to.mutable_data_ptr()),
                             window,
-                            channels_last ? channels : 1,
+                            route.channels_last ? route.channels : 1,
                             std::move(cell)};
-    torch::stable::parallel_for(0, batch * repeat, grain(window.cells() * job.channels), [&](int64_t b, int64_t e) {
-      gather ? gather_chunk(job, period * repeat, b, e) : scatter_chunk(job, channels_last, period * repeat, b, e);
+    const int64_t work = window.cells() * job.channels;
+    torch::stable::parallel_for(0, route.batch * repeat, grain(work), [&](int64_t b, int64_t e) {
+      gather ? gather_chunk(job, period, b, e) : scatter_chunk(job, route.channels_last, period, b, e);
     });
-    return to;
+    return route.to;
   };
-  return by_dtype(from.scalar_type(), [&](auto zero) { return narrow ? run(zero, uint8_t{}) : run(zero, int32_t{}); });
-}
-
-// The number of windows is that of the routes, whatever ceil_mode it came from.
-Window window_of(const Tensor& routes, int64_t height, int64_t width, const std::vector<int64_t>& kernel,
-                 const std::vector<int64_t>& stride, const std::vector<int64_t>& padding,
-                 const std::vector<int64_t>& dilation) {
-  const int64_t d = routes.dim();
-  STD_TORCH_CHECK(d == 3 || d == 4, "max_pool2d: expected 3-D or 4-D routes, got ", d, " dimensions");
-  const std::vector<int64_t> shape{1, height, width};
-  Window window = make_window(shape, kernel, stride, padding, dilation, true);
-  STD_TORCH_CHECK(routes.size(d - 2) <= window.height.count && routes.size(d - 1) <= window.width.count,
-                  "max_pool2d: more windows in the routes than fit into [", height, ", ", width, "]");
-  window.height.count = routes.size(d - 2);
-  window.width.count = routes.size(d - 1);
-  return window;
+  return by_dtype(route.source.scalar_type(),
+                  [&](auto zero) { return route.narrow ? run_as(zero, uint8_t{}) : run_as(zero, int32_t{}); });
 }
 
 Tensor max_pool2d_backward(const Tensor& grad, const Tensor& routes, int64_t height, int64_t width,
                            std::vector<int64_t> kernel, std::vector<int64_t> stride, std::vector<int64_t> padding,
                            std::vector<int64_t> dilation, bool channels_last) {
-  check_floating(grad, "max_pool2d_backward");
-  const Window window = window_of(routes, height, width, kernel, stride, padding, dilation);
-  return route(grad, routes, window, channels_last && grad.dim() == 4, false);
+  return route_back(grad, routes, height, width, kernel, stride, padding, dilation, channels_last,
+                    [](const Route& route) { return run(route, false); });
 }
 
 Tensor max_pool2d_gather(const Tensor& x, const Tensor& routes, std::vector<int64_t> kernel,
                          std::vector<int64_t> stride, std::vector<int64_t> padding, std::vector<int64_t> dilation) {
-  check_floating(x, "max_pool2d_gather");
-  const int64_t d = x.dim();
-  STD_TORCH_CHECK(d == 3 || d == 4, "max_pool2d_gather: expected a 3-D or 4-D input, got ", d, " dimensions");
-  const Window window = window_of(routes, x.size(d - 2), x.size(d - 1), kernel, stride, padding, dilation);
-  return route(x, routes, window, looks_channels_last(x), true);
+  return route_forth(x, routes, kernel, stride, padding, dilation, [](const Route& route) { return run(route, true); });
 }
 
 }  // namespace

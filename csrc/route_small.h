@@ -103,14 +103,6 @@ ADCERT_INLINE void sum_channels(const T* const* g, const L* const* r, const L* t
     for (int64_t i = 0; i < n; i += kVector) sum_taps(g, r, tap, std::min(i, n - kVector), kVector, to, rest);
 }
 
-// Windows first .. last - 1 of an axis may hold the cell; with dilation some of them step over it.
-struct Holders {
-  int64_t first, last;
-  ADCERT_INLINE Holders(const Axis& a, int64_t cell)
-      : first(std::max<int64_t>(0, (cell + a.padding - (a.kernel - 1) * a.dilation + a.stride - 1) / a.stride)),
-        last(std::min(a.count, (cell + a.padding) / a.stride + 1)) {}
-};
-
 // Routes as wide as the gradients, which compilers need to make vectors: the last rows of windows of one image.
 template <class L>
 class WideRoutes {
@@ -144,14 +136,13 @@ ADCERT_INLINE void small_image(const Routing<T, R>& job, WideRoutes<L>& wide, co
   wide.begin();
   for (int64_t ih = 0; ih < h.size; ++ih)
     for (int64_t iw = 0; iw < w.size; ++iw, to += channels) {
-      const Holders rows(h, ih), columns(w, iw);
       const T* g[9];
       const L* r[9];
       L tap[9];
       int n = 0;
-      for (int64_t oh = rows.first; oh < rows.last; ++oh) {
+      for (int64_t oh = h.reach(ih), oh1 = h.beyond(ih); oh < oh1; ++oh) {
         const L* row = wide.row(routes, oh);
-        for (int64_t ow = columns.first; ow < columns.last; ++ow) {
+        for (int64_t ow = w.reach(iw), ow1 = w.beyond(iw); ow < ow1; ++ow) {
           const int64_t down = ih - h.start(oh), across = iw - w.start(ow);
           if (down % h.dilation || across % w.dilation) continue;
           g[n] = from + (oh * w.count + ow) * channels;
@@ -176,12 +167,12 @@ struct RouteLine {
   std::vector<T> gradient;
   std::vector<L> route;
 
-  explicit RouteLine(int64_t width) : gradient(width / 2 + 4 * kRow), route(width / 2 + 4 * kRow, L{-1}) {}
+  explicit RouteLine(int64_t width) : gradient(width / 2 + 4 * kShortRow), route(width / 2 + 4 * kShortRow, L{-1}) {}
 
   template <class R>
   ADCERT_INLINE void set(const T* from, const R* routes, int64_t n) {
-    if (n >= kRow)
-      for (int64_t i = 0; i < n; i += kRow) copy(from, routes, std::min(i, n - kRow), kRow);
+    if (n >= kShortRow)
+      for (int64_t i = 0; i < n; i += kShortRow) copy(from, routes, std::min(i, n - kShortRow), kShortRow);
     else
       copy(from, routes, 0, n);
   }
@@ -227,11 +218,11 @@ ADCERT_INLINE void three_pairs(const RouteLine<T>& above, const RouteLine<T>& be
 
 template <bool TWO, int PAD, class T>
 ADCERT_INLINE void three_row(const RouteLine<T>& above, const RouteLine<T>& below, int64_t width, T* to) {
-  constexpr int64_t kHalf = kRow / 2;
+  constexpr int64_t kHalf = kShortRow / 2;
   const int64_t n = width / 2;
-  if (n >= kRow)
-    for (int64_t i = 0; i < n; i += kRow)
-      three_pairs<TWO, PAD>(above, below, std::min(i, n - kRow), kRow, to + 2 * std::min(i, n - kRow));
+  if (n >= kShortRow)
+    for (int64_t i = 0; i < n; i += kShortRow)
+      three_pairs<TWO, PAD>(above, below, std::min(i, n - kShortRow), kShortRow, to + 2 * std::min(i, n - kShortRow));
   else if (n >= kHalf)
     for (int64_t i = 0; i < n; i += kHalf)
       three_pairs<TWO, PAD>(above, below, std::min(i, n - kHalf), kHalf, to + 2 * std::min(i, n - kHalf));

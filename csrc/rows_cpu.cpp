@@ -12,19 +12,18 @@
 
 #include "collect.h"
 #include "memo.h"
-#include "stages.h"
-#include "tensors.h"
+#include "rows.h"
 
 namespace adcert {
 namespace {
 
 template <class U>
-void copy_patch(const Stage& s, int64_t plane, int64_t place, U* out) {
+void copy_patch(const Stage& s, const std::vector<int64_t>& reach, int64_t plane, int64_t place, U* out) {
   const Map& x = s.values;
   const Patches& patches = s.patches;
   if (patches.inside(place)) {
     const int64_t corner = plane + patches.corner(place, x);
-    for (size_t i = 0; i < s.reach.size(); ++i) out[i] = x.raw<U>(corner + s.reach[i]);
+    for (size_t i = 0; i < reach.size(); ++i) out[i] = x.raw<U>(corner + reach[i]);
     return;
   }
   const int64_t taps = patches.taps();
@@ -37,10 +36,10 @@ void copy_patch(const Stage& s, int64_t plane, int64_t place, U* out) {
 
 template <class U>
 void copy_patches(const Stage& s, const int64_t* units, int64_t count, U* out) {
-  const Map& x = s.values;
   const Patches& patches = s.patches;
   const int64_t channels_out = s.channels_out;
   const int64_t places = patches.window.outputs(), size = patches.size();
+  const std::vector<int64_t> reach = reach_of(s);
   torch::stable::parallel_for(0, count, grain(size), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       U* row = out + i * size;
@@ -48,26 +47,17 @@ void copy_patches(const Stage& s, const int64_t* units, int64_t count, U* out) {
         std::memset(row, 0, static_cast<size_t>(size) * sizeof(U));
         continue;
       }
-      const int64_t plane = units[i] / places, n = plane / channels_out;
-      const int64_t g = plane % channels_out / (channels_out / patches.groups);
-      copy_patch(s, n * x.n + g * patches.channels * x.c, units[i] % places, row);
+      const int64_t plane = units[i] / places;
+      copy_patch(s, reach, s.plane(plane / channels_out, s.group(plane % channels_out)), units[i] % places, row);
     }
   });
 }
 
 Tensor conv_patches(const Tensor& x, const Tensor& units, std::vector<int64_t> stage) {
-  STD_TORCH_CHECK(static_cast<int64_t>(stage.size()) == kStageInts, "conv_patches: expected ", kStageInts,
-                  " integers, got ", stage.size());
-  check_floating(x, "conv_patches");
-  STD_TORCH_CHECK(units.dim() == 1 && units.scalar_type() == ScalarType::Long && units.is_contiguous(),
-                  "conv_patches: units must be contiguous int64 [K]");
-  stage[0] = static_cast<int64_t>(Kind::kConv), stage[2] = 0, stage[3] = -1;
-  const std::vector<Tensor> tensors{x};
-  const Stage s = read_stage(stage.data(), tensors);
-  const int64_t count = units.size(0), limit = x.size(0) * s.channels_out * s.patches.window.outputs();
+  const Stage s = read_convolution(x, units, std::move(stage));
+  check_units(x, s, units);
+  const int64_t count = units.size(0);
   const auto* index = static_cast<const int64_t*>(units.const_data_ptr());
-  for (int64_t i = 0; i < count; ++i)
-    STD_TORCH_CHECK(index[i] >= -1 && index[i] < limit, "conv_patches: unit ", index[i], " is not among ", limit);
   Tensor out = empty(x, {count, s.patches.size()}, x.scalar_type(), false);
   switch (x.element_size()) {
     case 2:
@@ -94,11 +84,6 @@ uint64_t hash_bytes(const char* bytes, int64_t size) {
   return h;
 }
 
-void check_matrix(const Tensor& t, const char* op) {
-  STD_TORCH_CHECK(t.dim() == 2 && t.is_contiguous(), op, ": expected a contiguous matrix, got ", t.dim(),
-                  " dimensions");
-}
-
 // Ascending indices of the first of each set of rows that are equal byte by byte.
 Tensor distinct_rows(const Tensor& rows) {
   check_matrix(rows, "distinct_rows");
@@ -121,20 +106,12 @@ Tensor distinct_rows(const Tensor& rows) {
   return to_tensor(first, rows);
 }
 
-template <class T>
-double widen(T v) {
-  if constexpr (std::is_floating_point_v<T>)
-    return static_cast<double>(v);
-  else
-    return Value<T>::widen(v);
-}
-
 // The first row that is the opposite of an earlier one of its group: [earlier, row], or [] if there is none.
 template <class T>
 std::vector<int64_t> find_opposite(const T* plus, const T* minus, const int64_t* group, int64_t count, int64_t width) {
   Memo<std::array<int64_t, 2>> seen{{-1, -1}};  // of a line: its first row, and the first of the other sense
   const auto entry = [&](int64_t i, int64_t k) {
-    return widen(plus[i * width + k]) - widen(minus[i * width + k]) + 0.0;
+    return to_double(plus[i * width + k]) - to_double(minus[i * width + k]) + 0.0;
   };
   for (int64_t i = 0; i < count; ++i) {
     uint64_t h = mix(static_cast<uint64_t>(group[i]) + 1);
@@ -156,15 +133,9 @@ std::vector<int64_t> find_opposite(const T* plus, const T* minus, const int64_t*
 }
 
 Tensor opposite_rows(const Tensor& plus, const Tensor& minus, const Tensor& group) {
-  check_matrix(plus, "opposite_rows");
-  check_matrix(minus, "opposite_rows");
-  STD_TORCH_CHECK(plus.size(0) == minus.size(0) && plus.size(1) == minus.size(1) &&
-                      plus.scalar_type() == minus.scalar_type() && group.dim() == 1 && group.is_contiguous() &&
-                      group.size(0) == plus.size(0) && group.scalar_type() == ScalarType::Long,
-                  "opposite_rows: plus and minus must be alike [K, n], group int64 [K]");
+  check_pair(plus, minus, group);
   const auto* groups = static_cast<const int64_t*>(group.const_data_ptr());
   const int64_t count = plus.size(0), width = plus.size(1);
-  check_floating(plus, "opposite_rows");
   return to_tensor(by_dtype(plus.scalar_type(),
                             [&](auto zero) {
                               using T = decltype(zero);

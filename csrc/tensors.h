@@ -40,7 +40,7 @@ inline Tensor fresh(const Tensor& t) {
 #if defined(MADV_HUGEPAGE)
   constexpr uint64_t kMapped = uint64_t{32} << 20, kPage = uint64_t{2} << 20;
   const auto bytes = static_cast<uint64_t>(t.numel()) * t.element_size();
-  if (bytes >= kMapped) {
+  if (bytes >= kMapped && t.is_cpu()) {
     const auto at = reinterpret_cast<uintptr_t>(t.mutable_data_ptr());
     const uint64_t begin = (at + kPage - 1) / kPage * kPage, end = (at + bytes) / kPage * kPage;
     madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
