@@ -2,7 +2,9 @@
 PYTHON ?= python3
 BIN := .venv/bin
 STAMPS := .stamps
-SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h)
+SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh csrc/*.py)
+# 0: no CUDA library, 1: must be built, unset: built if nvcc is found. Another value builds anew.
+CUDA_STAMP := $(STAMPS)/cuda-$(or $(ADCERT_CUDA),auto)
 TRAIN ?= --model vgg11-bn --data photos --epochs 1 --steps 50 --batch-size 128
 
 .PHONY: setup build train test lint bench fuzz sanitize clean
@@ -19,7 +21,7 @@ test: build
 
 lint: setup
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run -Werror csrc/*.cpp csrc/*.h
+	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
 	$(BIN)/mypy
 
 # Saved only when all of it ran; then rendered into README.md.
@@ -38,15 +40,15 @@ SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-om
 sanitize: $(STAMPS)/requirements
 	rm -rf build/sanitize && mkdir -p build/sanitize
 	cp -r adcert tests csrc setup.py pyproject.toml LICENSE build/sanitize/
-	rm -f build/sanitize/adcert/_C.*
-	cd build/sanitize && CFLAGS="$(SANITIZE) -g -DADCERT_SANITIZE" LDFLAGS="$(SANITIZE)" \
+	rm -f build/sanitize/adcert/_C.* build/sanitize/adcert/_cuda.so
+	cd build/sanitize && ADCERT_CUDA=0 CFLAGS="$(SANITIZE) -g -DADCERT_SANITIZE" LDFLAGS="$(SANITIZE)" \
 	    ../../$(BIN)/python setup.py -q build_ext --inplace
 	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ../../$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_ops.py tests/test_resolve.py
 
 clean:
-	rm -rf build .stamps *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks adcert/_C.*
+	rm -rf build .stamps *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks adcert/_C.* adcert/_cuda.so
 
 $(STAMPS)/venv:
 	$(PYTHON) -c "import sys; sys.exit(sys.version_info < (3, 11) and 'adcert needs Python 3.11 or later')"
@@ -59,7 +61,15 @@ $(STAMPS)/requirements: $(STAMPS)/venv $(wildcard requirements/*.txt)
 	$(BIN)/python -m pip install -q -r requirements/run.txt -r requirements/test.txt -r requirements/lint.txt
 	touch $@
 
-$(STAMPS)/build: $(STAMPS)/requirements $(SOURCES)
+$(CUDA_STAMP): | $(STAMPS)/requirements
+	rm -f $(STAMPS)/cuda-*
+	touch $@
+
+# pip shows nothing of a build that succeeds: what was built, and the registers of each kernel, are shown after it.
+$(STAMPS)/build: $(STAMPS)/requirements $(CUDA_STAMP) $(SOURCES)
+	rm -f build/built.txt build/cuda/resources.txt
 	$(BIN)/python -m pip install -q --no-build-isolation -e .
-	@$(BIN)/python -c "from adcert._load import load; print('adcert: built the CPU library', load())"
+	@test ! -f build/cuda/resources.txt || cat build/cuda/resources.txt
+	@cat build/built.txt
+	@$(BIN)/python -c "from adcert._load import load; load()"
 	touch $@

@@ -1,7 +1,8 @@
-"""Finds and loads the compiled library; with :mod:`adcert.ops` the only file that knows it."""
+"""Finds and loads the compiled libraries; with :mod:`adcert.ops` the only file that knows them."""
 
 from __future__ import annotations
 
+import functools
 from pathlib import Path
 
 import torch
@@ -9,6 +10,11 @@ import torch
 from adcert.errors import BuildError
 
 REMEDY = "run `pip install --no-build-isolation -e .` in the source tree, with the torch you use installed"
+CUDA_REMEDY = (
+    "with the CUDA toolkit (nvcc 12.4 or later) installed, run "
+    "`ADCERT_CUDA=1 pip install --no-build-isolation -e .` in the source tree"
+)
+HERE = Path(__file__).parent
 
 
 def find(folder: Path) -> Path:
@@ -30,17 +36,53 @@ def find(folder: Path) -> Path:
 
 
 def load(folder: Path | None = None) -> Path:
-    """Loads the library, so that ``torch.ops.adcert`` is filled; does nothing the second time.
+    """Loads the CPU library, so that ``torch.ops.adcert`` is filled; does nothing the second time.
+
+    Then the CUDA library, where this torch has CUDA. Without it everything on the CPU works: what is wrong is
+    kept in :func:`cuda_problem` for the moment a CUDA tensor comes.
 
     Raises:
-        BuildError: if it is missing or does not load into this torch.
+        BuildError: if the CPU library is missing or does not load into this torch.
     """
-    path = find(Path(__file__).parent if folder is None else folder)
+    folder = HERE if folder is None else folder
+    path = find(folder)
     try:
         torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
     except OSError as error:
-        found = f"torch {torch.__version__} (adcert needs torch >= 2.10)"
-        raise BuildError(f"{path.name} does not load into {found}: {error}; {REMEDY}") from error
+        raise BuildError(f"{_does_not_load(path, error)}; {REMEDY}") from error
     if not hasattr(torch.ops.adcert, "max_pool2d"):
         raise BuildError(f"{path.name} loaded, but registered no operators: {REMEDY}")
+    cuda_problem(folder)
     return path
+
+
+def cuda_library(folder: Path) -> Path | None:
+    """The CUDA library in ``folder``, if it was built."""
+    path = folder / "_cuda.so"
+    return path if path.is_file() else None
+
+
+def cuda_problem(folder: Path | None = None) -> str | None:
+    """Why the operators do not take CUDA tensors, with the remedy; None if they do. Loads the CUDA library once."""
+    return _load_cuda(HERE if folder is None else folder)
+
+
+@functools.cache
+def _load_cuda(folder: Path) -> str | None:
+    # Not torch.cuda.is_available(): it starts the driver, and then no forked process could use CUDA.
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA: install one with CUDA"
+    path = cuda_library(folder)
+    if path is None:
+        return f"adcert's CUDA library _cuda.so is not in {folder}: {CUDA_REMEDY}"
+    try:
+        torch.ops.load_library(str(path))  # type: ignore[no-untyped-call]
+    except OSError as error:
+        return f"{_does_not_load(path, error)}; {CUDA_REMEDY}"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("adcert::max_pool2d", "CUDA"):
+        return f"{path.name} loaded, but registered no operators: {CUDA_REMEDY}"
+    return None
+
+
+def _does_not_load(path: Path, error: OSError) -> str:
+    return f"{path.name} does not load into torch {torch.__version__} (adcert needs torch >= 2.10): {error}"

@@ -255,7 +255,9 @@ def test_info() -> None:
     assert found["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
     assert any("relu" in name for name in found["operators"])
     assert all("CPU" in kernels for kernels in found["operators"].values())
-    assert "library" in invoke("info").stdout
+    text = invoke("info").stdout
+    assert "library" in text
+    assert ("no CUDA kernels: torch" in text) == (torch.version.cuda is None)
 
 
 def test_json_has_no_nan() -> None:

@@ -11,6 +11,8 @@ import typer
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from adcert._load import cuda_problem
+
 from ._console import console, print_json
 
 PACKAGES = (
@@ -43,6 +45,8 @@ def info(
         out.print(f"library: {path}", soft_wrap=True)
     if not found["libraries"]:
         out.print("library: not loaded")
+    if found["cuda_problem"]:
+        out.print(f"no CUDA kernels: {found['cuda_problem']}", markup=False, soft_wrap=True)
     out.print(f"CUDA devices: {', '.join(found['cuda_devices']) or 'none'}")
     table = Table("operator", "kernels", box=SIMPLE_HEAD)
     for name, devices in found["operators"].items():
@@ -58,6 +62,7 @@ def collect() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "packages": {name: _version(name) for name in PACKAGES},
         "libraries": sorted(str(path) for path in torch.ops.loaded_libraries if "adcert" in str(path)),
+        "cuda_problem": cuda_problem(),
         "cuda_devices": [torch.cuda.get_device_name(k) for k in range(torch.cuda.device_count())],
         "operators": {name: _kernels(name) for name in _operators()},
     }
