@@ -21,7 +21,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from adcert._load import load
+from adcert._load import cuda_problem, load
+from adcert.errors import BuildError
 from adcert.reference import DTYPES, STAGE_INTS, Pair, PoolResult, ReluResult, Resolved, TouchResult, pair
 
 __all__ = [
@@ -45,6 +46,26 @@ __all__ = [
 load()
 _OPS = torch.ops.adcert
 _ROOM = 4096  # entries of a list on a GPU, unless more are known to be needed
+_NAMES = (
+    "relu",
+    "touches",
+    "max_pool2d",
+    "max_pool2d_backward",
+    "max_pool2d_gather",
+    "resolve_ties",
+    "conv_patches",
+    "distinct_rows",
+    "opposite_rows",
+)
+
+
+def _refuse(*_: Any) -> Any:
+    raise BuildError(f"adcert's operators do not take CUDA tensors here: {cuda_problem()}")
+
+
+if cuda_problem() is not None:
+    for _name in _NAMES:
+        torch.library.impl(f"adcert::{_name}", "cuda", _refuse)
 
 # relu ------------------------------------------------------------------------------------------------------
 

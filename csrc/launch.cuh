@@ -42,19 +42,17 @@ class Place {
 #if defined(ADCERT_EMULATION)
   explicit Place(const Tensor&) {}
 #else
-  explicit Place(const Tensor& t) : guard_(t.get_device_index()) {
+  explicit Place(const Tensor& t) : device_(t.get_device_index()), guard_(device_) {
     void* stream = nullptr;
-    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(t.get_device_index(), &stream) == 0,
-                    "adcert: no current CUDA stream");
+    STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream(device_, &stream) == 0, "adcert: no current CUDA stream");
     stream_ = static_cast<cudaStream_t>(stream);
   }
 #endif
 
   // Enough blocks for `items` threads, but no more than fill the device a few times over: kernels loop.
   unsigned blocks(int64_t items) const {
-    int device = 0, processors = 0;
-    check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-    check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device), "cudaDeviceGetAttribute");
+    int processors = 0;
+    check_cuda(cudaDeviceGetAttribute(&processors, cudaDevAttrMultiProcessorCount, device_), "cudaDeviceGetAttribute");
     const int64_t wanted = (items + kThreads - 1) / kThreads, most = int64_t{32} * processors;
     return static_cast<unsigned>(std::clamp<int64_t>(wanted, 1, most));
   }
@@ -85,13 +83,14 @@ class Place {
   }
 
  private:
+  int device_ = 0;
 #if !defined(ADCERT_EMULATION)
   torch::stable::accelerator::DeviceGuard guard_;
 #endif
   cudaStream_t stream_ = nullptr;
 };
 
-// Loops of kernels run in step for all threads of a block, so that votes meet: for (I i : ...) is spelled
+// Loops of kernels run in step for all threads of a block, so that votes meet: a loop over items is
 // for (Items<I> item(total); item.more(); item.next()) if (item.active()) ... item.index() ...
 template <class I>
 class Items {
