@@ -100,9 +100,23 @@ __device__ bool any_notable(const Job<T, I, O>& job, const Spot<T, I>& s) {
   return found;
 }
 
+// One tap of V windows; returns whether its cell is notable.
+template <bool RELU, int V, class T>
+__device__ bool see_tap(const Pack<T, V>& pack, int tap, Best<typename Element<T>::Wide, int>* lanes) {
+  bool found = false;
+#pragma unroll
+  for (int v = 0; v < V; ++v) {
+    const auto value = Element<T>::widen(pack.v[v]);
+    found |= is_notable<RELU>(value);
+    lanes[v].see(seen<RELU>(value), tap);
+  }
+  return found;
+}
+
 // The taps of V windows, in row-major order. Returns whether a cell that is looked at with these windows is notable:
-// without a dilation these are among the taps, unless windows leave gaps.
-template <bool RELU, int V, class T, class I, class O>
+// without a dilation these are among the taps, unless windows leave gaps. K: windows are K x K, so that all loads of
+// one inside the image are under way before the first value is needed; 0: any size.
+template <bool RELU, int V, int K, class T, class I, class O>
 __device__ bool see_taps(const Job<T, I, O>& job, const Spot<T, I>& s, Best<typename Element<T>::Wide, int>* lanes) {
   using W = typename Element<T>::Wide;
   const AxisOf<I>&h = job.window.height, &w = job.window.width;
@@ -112,19 +126,26 @@ __device__ bool see_taps(const Job<T, I, O>& job, const Spot<T, I>& s, Best<type
   bool found = false;
 #pragma unroll
   for (int v = 0; v < V; ++v) lanes[v] = {Value<W>::lowest, Value<W>::lowest_value, first, first};
-  for (I kh = h0; kh < h1; ++kh)
-    for (I kw = w0; kw < w1; ++kw) {
-      const I row = h.cell(s.oh, kh), column = w.cell(s.ow, kw);
-      const Pack<T, V> pack = load<V>(s.image + row * s.down + column * s.across);
-      const bool owned = row < below && column < right;
-      const int tap = static_cast<int>(kh * w.kernel + kw);
+  if (K > 0 && h0 == 0 && h1 == K && w0 == 0 && w1 == K) {
+    constexpr int N = K > 0 ? K : 1;
+    Pack<T, V> packs[N * N];
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        const W value = Element<T>::widen(pack.v[v]);
-        found |= owned && is_notable<RELU>(value);
-        lanes[v].see(seen<RELU>(value), tap);
-      }
+    for (int k = 0; k < N * N; ++k)
+      packs[k] = load<V>(s.image + h.cell(s.oh, k / N) * s.down + w.cell(s.ow, k % N) * s.across);
+#pragma unroll
+    for (int k = 0; k < N * N; ++k) {
+      const bool owned = h.cell(s.oh, k / N) < below && w.cell(s.ow, k % N) < right;
+      found |= see_tap<RELU, V>(packs[k], k, lanes) && owned;
     }
+  } else {
+    for (I kh = h0; kh < h1; ++kh)
+      for (I kw = w0; kw < w1; ++kw) {
+        const I row = h.cell(s.oh, kh), column = w.cell(s.ow, kw);
+        const Pack<T, V> pack = load<V>(s.image + row * s.down + column * s.across);
+        const bool owned = row < below && column < right;
+        found |= see_tap<RELU, V>(pack, static_cast<int>(kh * w.kernel + kw), lanes) && owned;
+      }
+  }
   const bool covered =
       h.dilation == 1 && w.dilation == 1 && below <= h.start(s.oh) + h.kernel && right <= w.start(s.ow) + w.kernel;
   return covered ? found : any_notable<RELU, V>(job, s);
@@ -204,8 +225,10 @@ __device__ unsigned write(const Job<T, I, O>& job, I at, const Best<typename Ele
   return tied;
 }
 
-template <bool RELU, bool NHWC, int V, class T, class I, class O>
-__global__ __launch_bounds__(kThreads, sizeof(I) == 4 ? 4 : 2) void pool_any(const __grid_constant__ Job<T, I, O> job) {
+template <bool RELU, bool NHWC, int V, int K, class T, class I, class O>
+__global__ __launch_bounds__(kThreads, sizeof(I) == 4 && K * V <= 16
+                                           ? 4
+                                           : 2) void pool_any(const __grid_constant__ Job<T, I, O> job) {
   const I total = job.batch * job.channels * job.window.outputs() / V;
   for (Items<I> item(total); item.more(); item.next()) {
     unsigned tied = 0;
@@ -213,7 +236,7 @@ __global__ __launch_bounds__(kThreads, sizeof(I) == 4 ? 4 : 2) void pool_any(con
     if (item.active()) {
       const Spot<T, I> s = spot<NHWC, V>(job, item.index());
       Best<typename Element<T>::Wide, int> lanes[V];
-      odd = see_taps<RELU, V>(job, s, lanes);
+      odd = see_taps<RELU, V, K>(job, s, lanes);
       tied = write<RELU, V>(job, s.at, lanes);
     }
     if (__any_sync(kWhole, tied)) note_ties<RELU, NHWC, V>(job, item.index(), tied);
@@ -283,22 +306,29 @@ void pool_all(const Place& place, const Tensor& x, const Tensor& out, const Tens
   const int64_t wide = 0;
   const uint8_t byte = 0;
   const void* data = x.const_data_ptr();
-  const bool square = !channels_last && window.is_square() && window.height.size == 2 * window.height.count &&
+  const int64_t side = window.height.kernel == window.width.kernel ? window.width.kernel : 0;
+  const bool square = window.is_square() && window.height.size == 2 * window.height.count &&
                       window.width.size == 2 * window.width.count && packs(data, window.width.size, sizeof(T));
   if (offsets.scalar_type() != ScalarType::Byte)
-    channels_last ? run(&pool_any<RELU, true, 1, T, int64_t, int32_t>, wide, narrow, 1)
-                  : run(&pool_any<RELU, false, 1, T, int64_t, int32_t>, wide, narrow, 1);
+    channels_last ? run(&pool_any<RELU, true, 1, 0, T, int64_t, int32_t>, wide, narrow, 1)
+                  : run(&pool_any<RELU, false, 1, 0, T, int64_t, int32_t>, wide, narrow, 1);
   else if (!fits_int(x.numel()) || !fits_int(outputs))
-    channels_last ? run(&pool_any<RELU, true, 1, T, int64_t, uint8_t>, wide, byte, 1)
-                  : run(&pool_any<RELU, false, 1, T, int64_t, uint8_t>, wide, byte, 1);
-  else if (channels_last && packs(data, channels, sizeof(T)))
-    run(&pool_any<RELU, true, V, T, int32_t, uint8_t>, narrow, byte, V);
+    channels_last ? run(&pool_any<RELU, true, 1, 0, T, int64_t, uint8_t>, wide, byte, 1)
+                  : run(&pool_any<RELU, false, 1, 0, T, int64_t, uint8_t>, wide, byte, 1);
+  else if (channels_last && !packs(data, channels, sizeof(T)))
+    run(&pool_any<RELU, true, 1, 0, T, int32_t, uint8_t>, narrow, byte, 1);
   else if (channels_last)
-    run(&pool_any<RELU, true, 1, T, int32_t, uint8_t>, narrow, byte, 1);
+    run(side == 2   ? &pool_any<RELU, true, V, 2, T, int32_t, uint8_t>
+        : side == 3 ? &pool_any<RELU, true, V, 3, T, int32_t, uint8_t>
+                    : &pool_any<RELU, true, V, 0, T, int32_t, uint8_t>,
+        narrow, byte, V);
   else if (square)
     run(&pool_square<RELU, V, T, int32_t>, narrow, byte, V / 2);
   else
-    run(&pool_any<RELU, false, 1, T, int32_t, uint8_t>, narrow, byte, 1);
+    run(side == 2   ? &pool_any<RELU, false, 1, 2, T, int32_t, uint8_t>
+        : side == 3 ? &pool_any<RELU, false, 1, 3, T, int32_t, uint8_t>
+                    : &pool_any<RELU, false, 1, 0, T, int32_t, uint8_t>,
+        narrow, byte, 1);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> max_pool2d(
