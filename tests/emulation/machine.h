@@ -52,6 +52,7 @@ using Answer = void (*)(Threads threads, const Call& call);
 struct Warp {
   unsigned ready = 0;    // lanes that can run, begun or not
   unsigned waiting = 0;  // in a collective of the warp
+  unsigned met = 0;      // those of them that wait in the same one as who came last
   unsigned barred = 0;   // in a collective of the block
   unsigned exited = 0;
 };

@@ -36,13 +36,15 @@ inline void Machine::check_stack(const Call& call) {
 }
 
 inline void Machine::check_warp_call(const Call& call) {
-  const Warp& warp = warp_of(*current_);
-  const std::size_t lanes = lanes_of(*current_).size();
+  Warp& warp = warp_of(*current_);
+  const Threads lanes = lanes_of(*current_);
   if (!(call.mask & bit_of(*current_))) fail(describe(call) + ": the mask does not name the caller");
-  if (lanes < kWarp && call.mask >> lanes)
-    fail(describe(call) + ": the warp has only " + std::to_string(lanes) + " lanes");
+  if (lanes.size() < kWarp && call.mask >> lanes.size())
+    fail(describe(call) + ": the warp has only " + std::to_string(lanes.size()) + " lanes");
   if (call.mask & warp.exited) fail(describe(call) + ": " + lanes_in(call.mask & warp.exited) + " exited before");
-  for (unsigned rest = call.mask & (warp.waiting | warp.barred); rest; rest &= rest - 1)
+  // To meet one of those who met is to meet all of them.
+  if (warp.met && !meet(call, lanes[std::countr_zero(warp.met)].call)) warp.met = 0;
+  for (unsigned rest = call.mask & (warp.waiting | warp.barred) & ~warp.met; rest; rest &= rest - 1)
     check_partner(call, static_cast<unsigned>(std::countr_zero(rest)));
 }
 
@@ -62,12 +64,14 @@ inline std::uint64_t Machine::warp_collective(const Call& call, Answer answer) {
   Thread& self = *current_;
   self.call = call;
   warp.waiting |= bit_of(self);
+  warp.met |= bit_of(self);
   bool complete = (warp.waiting & call.mask) == call.mask;
-  for (unsigned rest = call.mask; complete && rest; rest &= rest - 1)
+  for (unsigned rest = call.mask & ~warp.met; complete && rest; rest &= rest - 1)
     complete = meet(call, lanes[std::countr_zero(rest)].call);
   if (complete) {
     if (answer) answer(lanes, call);
     warp.waiting &= ~call.mask;
+    warp.met = 0;
     warp.ready |= call.mask;
   }
   leave();
@@ -104,9 +108,10 @@ inline void Machine::exit_thread() {
     const Thread& t = lanes_of(*current_)[std::countr_zero(rest)];
     if (t.call.mask & bit_of(*current_)) fail("exits, while " + name_of(t) + " waits for it in " + describe(t.call));
   }
-  for (const Thread& t : threads_)
-    if (barred_ && warp_of(t).barred & bit_of(t))
-      fail("exits, while " + name_of(t) + " waits for it in " + describe(t.call));
+  for (unsigned i = 0; barred_ && i < threads(); ++i) {
+    const Thread& t = threads_[i];
+    if (warp_of(t).barred & bit_of(t)) fail("exits, while " + name_of(t) + " waits for it in " + describe(t.call));
+  }
   warp.exited |= bit_of(*current_);
   --alive_;
 }
