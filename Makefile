@@ -5,6 +5,7 @@ STAMPS := .stamps
 SOURCES := setup.py pyproject.toml $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh csrc/*.py)
 # 0: no CUDA library, 1: must be built, unset: built if nvcc is found. Another value builds anew.
 CUDA_STAMP := $(STAMPS)/cuda-$(or $(ADCERT_CUDA),auto)
+CPP := $(wildcard $(foreach folder,csrc tests/emulation,$(addprefix $(folder)/*.,cpp h cu cuh)))
 TRAIN ?= --model vgg11-bn --data photos --epochs 1 --steps 50 --batch-size 128
 
 .PHONY: setup build train test lint bench fuzz sanitize clean
@@ -16,12 +17,14 @@ build: $(STAMPS)/build
 train: build
 	$(BIN)/adcert train $(TRAIN)
 
+# The CUDA kernels run on an emulator in the tests (tests/emulation), with or without a GPU.
 test: build
+	$(BIN)/python tests/emulation/build.py
 	$(BIN)/python -m pytest -n 2
 
 lint: setup
 	$(BIN)/ruff check .
-	$(BIN)/clang-format --dry-run -Werror $(wildcard csrc/*.cpp csrc/*.h csrc/*.cu csrc/*.cuh)
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/mypy
 
 # Saved only when all of it ran; then rendered into README.md.
@@ -35,7 +38,7 @@ bench: build
 fuzz: build
 	$(BIN)/python -m pytest tests --hypothesis-profile=fuzz -m "fuzz or hypothesis"
 
-# The operators' tests against a build that watches every access; g++'s runtimes have to be loaded first.
+# The operators' tests against builds that watch every access; g++'s runtimes have to be loaded first.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer
 sanitize: $(STAMPS)/requirements
 	rm -rf build/sanitize && mkdir -p build/sanitize
@@ -43,9 +46,11 @@ sanitize: $(STAMPS)/requirements
 	rm -f build/sanitize/adcert/_C.* build/sanitize/adcert/_cuda.so
 	cd build/sanitize && ADCERT_CUDA=0 CFLAGS="$(SANITIZE) -g -DADCERT_SANITIZE" LDFLAGS="$(SANITIZE)" \
 	    ../../$(BIN)/python setup.py -q build_ext --inplace
-	cd build/sanitize && ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. \
+	cd build/sanitize && CFLAGS="$(SANITIZE) -g -DADCERT_SANITIZE" LDFLAGS="$(SANITIZE)" \
+	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
-	    ../../$(BIN)/python -m pytest -q -p no:cacheprovider tests/test_ops.py tests/test_resolve.py
+	    ../../$(BIN)/python -m pytest -q -p no:cacheprovider \
+	    tests/test_ops.py tests/test_resolve.py tests/test_emulation.py
 
 clean:
 	rm -rf build .stamps *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks adcert/_C.* adcert/_cuda.so
