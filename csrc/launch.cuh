@@ -111,19 +111,20 @@ class Items {
 // Whether indices up to `most`, and a few grids more, fit into int32.
 inline bool fits_int(int64_t most) { return most < int64_t{1} << 30; }
 
-// Values on the device: float for the half types, compared as such; rounding back is exact for a value that came from
-// there.
+// Values on the device: float for the half types, compared as such. narrow rounds; exact is for what widen made.
 template <class T>
 struct Element {
   using Wide = T;
   static __device__ Wide widen(T v) { return v; }
   static __device__ T narrow(Wide v) { return v; }
+  static __device__ T exact(Wide v) { return v; }
 };
 template <>
 struct Element<BFloat16> {
   using Wide = float;
   static __device__ float widen(BFloat16 v) { return Value<BFloat16>::widen(v); }
   static __device__ BFloat16 narrow(float v) { return Value<BFloat16>::narrow(v); }
+  static __device__ BFloat16 exact(float v) { return static_cast<BFloat16>(std::bit_cast<uint32_t>(v) >> 16); }
 };
 template <>
 struct Element<Float16> {
@@ -135,7 +136,14 @@ struct Element<Float16> {
   static __device__ float widen(Float16 v) { return __half2float(__ushort_as_half(static_cast<uint16_t>(v))); }
   static __device__ Float16 narrow(float v) { return static_cast<Float16>(__half_as_ushort(__float2half_rn(v))); }
 #endif
+  static __device__ Float16 exact(float v) { return narrow(v); }
 };
+
+// max(v, 0) as torch.relu on CUDA: NaN passes, -0.0 does not.
+template <class W>
+__device__ W positive_part(W v) {
+  return !(v <= 0) ? v : W{0};
+}
 
 // V neighbours, read and written at once; at most 16 bytes.
 template <class T, int V>

@@ -71,7 +71,7 @@ __device__ Spot<T, I> spot(const Job<T, I, O>& job, I item) {
 
 template <bool RELU, class W>
 __device__ W seen(W value) {
-  return RELU ? rectify(value) : value;
+  return RELU ? positive_part(value) : value;
 }
 
 // f(cell inside the image's plane, pack) for every cell that is looked at with these windows: each cell once in all.
@@ -214,7 +214,7 @@ __device__ unsigned write(const Job<T, I, O>& job, I at, const Best<typename Ele
 #pragma unroll
   for (int v = 0; v < V; ++v) {
     const bool closed = RELU && lanes[v].maximum <= 0;  // a NaN passes ReLU's backward
-    out.v[v] = Element<T>::narrow(lanes[v].value);
+    out.v[v] = Element<T>::exact(lanes[v].value);
     offsets.v[v] = static_cast<O>(lanes[v].offset);
     routes.v[v] = static_cast<O>(closed ? taps : lanes[v].offset);
     tied |= static_cast<unsigned>(lanes[v].last != lanes[v].offset && !closed) << v;

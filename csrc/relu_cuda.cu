@@ -68,7 +68,7 @@ __global__ __launch_bounds__(kThreads) void scan(const T* x, T* out, int64_t cou
       const W value = E::widen(pack.v[v]);
       touched |= static_cast<unsigned>(v < own && value == kink) << v;
       odd += v < own && !Value<W>::is_finite(value);
-      if constexpr (OUT) result.v[v] = rectify(pack.v[v]);
+      if constexpr (OUT) result.v[v] = E::exact(positive_part(value));
     }
     if constexpr (OUT) {
       if (own == V) {
