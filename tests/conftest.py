@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 from hypothesis import HealthCheck, settings
+
+if TYPE_CHECKING:
+    from emulation.device import Device
 
 # Networks here are tiny: threads would cost more than they win, and tests may run side by side.
 torch.set_num_threads(1)
@@ -24,3 +29,21 @@ def _seed() -> Iterator[None]:
     torch.manual_seed(0)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def emulated() -> Iterator[Device]:
+    """An emulated CUDA device, ``cuda:0``, for the duration of the test: see ``emulation/device.py``."""
+    from emulation.device import emulated_cuda
+
+    with emulated_cuda() as device:
+        yield device
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """The emulation has to be there before the first backward pass, and costs a compiler run: only if it is used."""
+    asked = any("emulated" in getattr(item, "fixturenames", ()) for item in session.items)
+    if asked or "emulation.device" in sys.modules:
+        from emulation import runtime
+
+        runtime.load()
