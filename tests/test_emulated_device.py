@@ -501,22 +501,26 @@ def test_a_backward_pass_follows_the_streams_of_its_forward(emulated: Device):
 # adcert's operators -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kernels", ["cpu", "emulated"])
 @pytest.mark.parametrize("relu", [False, True])
-def test_max_pool2d_has_its_gradient(emulated: Device, relu: bool):
+def test_max_pool2d_has_its_gradient(kernels: str, relu: bool):
     x = torch.randint(-2, 3, (2, 3, 6, 6)).float()
     weights = torch.arange(2.0 * 3 * 3 * 3).reshape(2, 3, 3, 3)
-    here, there = x.clone().requires_grad_(), to_device(x).requires_grad_()
+    here = x.clone().requires_grad_()
     (ops.max_pool2d(here, 2, relu=relu).output * weights).sum().backward()
-    with emulated.no_waits():
-        found = ops.max_pool2d(there, 2, relu=relu, capacity=64)
-    (found.output * to_device(weights)).sum().backward()
-    assert torch.equal(to_host(there.grad), here.grad)
     expected = reference.max_pool2d(x, 2, relu=relu)
-    assert torch.equal(to_host(found.output), expected.output) and torch.equal(to_host(found.counts), expected.counts)
-    ties = int(expected.counts[0])
-    windows, order = to_host(found.windows)[:ties].sort()
-    assert ties > 5 and torch.equal(windows, expected.windows)
-    assert torch.equal(to_host(found.members)[:ties][order], expected.members)
+    with emulated_cuda(kernels) as device:
+        there, weights = to_device(x).requires_grad_(), to_device(weights)
+        with device.no_waits():
+            found = ops.max_pool2d(there, 2, relu=relu, capacity=64)
+            (found.output * weights).sum().backward()
+        assert torch.equal(to_host(there.grad), here.grad)
+        assert torch.equal(to_host(found.output), expected.output)
+        assert torch.equal(to_host(found.counts), expected.counts)
+        ties = int(expected.counts[0])
+        windows, order = to_host(found.windows)[:ties].sort()
+        assert ties > 5 and torch.equal(windows, expected.windows)
+        assert torch.equal(to_host(found.members)[:ties][order], expected.members)
 
 
 def test_lists_come_in_no_order_with_undefined_ends(emulated: Device):

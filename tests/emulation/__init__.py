@@ -1,1 +1,1 @@
-"""A CUDA device that is none, for tests on machines without a GPU: see :mod:`emulation.device`."""
+"""A GPU that is none, for tests: :mod:`.build` and the headers run CUDA kernels, :mod:`.device` torch's tensors."""

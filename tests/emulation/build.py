@@ -3,6 +3,7 @@
 | library | made of |
 |---|---|
 | ``adcert_emulated`` | ``csrc/library.cpp`` and every ``csrc/*_cuda.cu``: the operators ``torch.ops.adcert_emulated`` |
+| ``runtime`` | ``runtime.cpp``: what the emulated device of ``device.py`` has in C++ |
 | ``check_emulation`` | the emulator's own checks |
 | ``check_ucontext`` | the same with the switch between threads that other machines than x86-64 use |
 
@@ -46,6 +47,7 @@ def libraries() -> tuple[Library, ...]:
     link = ("-L" + str(Path(torch.__file__).parent / "lib"), "-ltorch_cpu", "-lc10")
     return (
         Library("adcert_emulated", ("csrc/library.cpp", *kernels), tuple(include), link),
+        Library("runtime", ("tests/emulation/runtime.cpp",), ("-UTORCH_TARGET_VERSION", *include), link),
         Library("check_emulation", CHECKS),
         Library("check_ucontext", CHECKS, ("-DADCERT_EMULATION_UCONTEXT",)),
     )
