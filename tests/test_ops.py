@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from places import Place, opened
 from torch import Tensor
 
 from adcert import ops, reference
@@ -23,8 +24,16 @@ def bits(t: Tensor) -> Tensor:
     return t.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
+@pytest.fixture(params=["cpu", "kernels", "cuda"])
+def place(request: pytest.FixtureRequest) -> Iterator[Place]:
+    """The CPU's kernels, the CUDA sources compiled for the CPU, and a GPU."""
+    with opened(request.param) as place:
+        yield place
+
+
 def assert_same(actual: Tensor, expected: Tensor) -> None:
-    """Equal dtype, shape, strides and bits."""
+    """Equal dtype, shape, strides and bits, wherever the actual tensor is."""
+    actual = actual.cpu()
     assert actual.dtype == expected.dtype
     assert actual.shape == expected.shape
     assert actual.stride() == expected.stride()
@@ -61,26 +70,45 @@ def plain(x: Tensor, *geometry: Any, relu: bool) -> Tensor:
     return F.max_pool2d(F.relu(x) if relu else x, *geometry)
 
 
+def unsigned(result: Any, place: Place, relu: bool = True) -> Any:
+    """torch.relu keeps -0.0 on the CPU and makes it +0.0 on CUDA."""
+    return result if place.name == "cpu" or not relu else result._replace(output=result.output + 0.0)
+
+
+def torchs_gradient(x: Tensor, seed: Tensor, *geometry: Any, relu: bool, place: Place) -> Tensor:
+    """Of the plain operators, on the host: on CUDA sums run in float and are rounded once."""
+    wide = x.dtype if place.name == "cpu" else torch.promote_types(x.dtype, torch.float32)
+    leaf = x.detach().to(wide).requires_grad_()
+    (g,) = torch.autograd.grad(plain(leaf, *geometry, relu=relu), leaf, seed.to(wide))
+    return g.to(x.dtype)
+
+
+def kernels_gradient(x: Tensor, seed: Tensor, *geometry: Any, relu: bool, place: Place) -> Tensor:
+    leaf = place.to(x.detach()).requires_grad_()
+    (g,) = torch.autograd.grad(ops.max_pool2d(leaf, *geometry, relu=relu).output, leaf, place.to(seed))
+    return g
+
+
 # literal answers
 
 
-def test_relu_touches_both_zeros() -> None:
-    result = ops.relu(torch.tensor([[-1.0, 0.0, NAN], [2.0, -0.0, INF]]))
+def test_relu_touches_both_zeros(place: Place) -> None:
+    result = ops.relu(place.to(torch.tensor([[-1.0, 0.0, NAN], [2.0, -0.0, INF]])))
     assert result.touches.tolist() == [1, 4]
     assert result.counts.tolist() == [0, 2, 2]
-    assert torch.signbit(result.output).tolist() == [[False, False, False], [False, True, False]]
+    assert torch.signbit(result.output).tolist() == [[False] * 3, [False, place.name == "cpu", False]]
 
 
 @pytest.mark.parametrize("dtype", reference.DTYPES)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_tie_literal(dtype: torch.dtype, layout: torch.memory_format) -> None:
+def test_tie_literal(place: Place, dtype: torch.dtype, layout: torch.memory_format) -> None:
     # channel 0: {1, 3, 3, 0}, {5, 5, 5, 5}, {2, 1, 0, -1}
     # channel 1: {0, -0, -1, -2}, {NaN, NaN, 1, 2}, {-1, -1, -2, -2}
     rows = [
         [[1.0, 3.0, 5.0, 5.0, 2.0, 1.0], [3.0, 0.0, 5.0, 5.0, 0.0, -1.0]],
         [[0.0, -0.0, NAN, NAN, -1.0, -1.0], [-1.0, -2.0, 1.0, 2.0, -2.0, -2.0]],
     ]
-    x = torch.tensor([rows], dtype=dtype).contiguous(memory_format=layout)
+    x = place.to(torch.tensor([rows], dtype=dtype).contiguous(memory_format=layout))
     pool = ops.max_pool2d(x, 2)
     assert pool.offsets.tolist() == [[[[1, 0, 0]], [[0, 1, 0]]]]
     assert pool.windows.tolist() == [0, 1, 3, 5]
@@ -94,44 +122,45 @@ def test_tie_literal(dtype: torch.dtype, layout: torch.memory_format) -> None:
     assert fused.counts.tolist() == [2, 4, 2]
 
 
-def test_negative_zero_ties_with_zero_and_stays() -> None:
-    result = ops.max_pool2d(torch.tensor([[[-0.0, 0.0], [-1.0, 0.0]]]), 2)
+def test_negative_zero_ties_with_zero_and_stays(place: Place) -> None:
+    result = ops.max_pool2d(place.to(torch.tensor([[[-0.0, 0.0], [-1.0, 0.0]]])), 2)
     assert result.members.tolist() == [[0b1011]]
     assert torch.signbit(result.output).item()
 
 
-def test_members_need_two_words() -> None:
-    result = ops.max_pool2d(torch.ones(1, 9, 9), 9)
+def test_members_need_two_words(place: Place) -> None:
+    result = ops.max_pool2d(place.to(torch.ones(1, 9, 9)), 9)
     assert result.members.tolist() == [[-1, (1 << 17) - 1]]
 
 
-def test_overlapping_windows_share_a_member() -> None:
+def test_overlapping_windows_share_a_member(place: Place) -> None:
     # windows 3 wide, stride 1, of [1, 2, 2, 1]: {1, 2, 2} and {2, 2, 1}; the gradient of both reaches cell 1
-    x = torch.tensor([[[1.0, 2.0, 2.0, 1.0]]], requires_grad=True)
+    x = place.to(torch.tensor([[[1.0, 2.0, 2.0, 1.0]]])).requires_grad_()
     result = ops.max_pool2d(x, (1, 3), 1)
     assert result.members.tolist() == [[0b110], [0b011]]
-    result.output.backward(torch.tensor([[[10.0, 1.0]]]))
+    result.output.backward(place.to(torch.tensor([[[10.0, 1.0]]])))
     assert x.grad is not None
     assert x.grad.tolist() == [[[0.0, 11.0, 0.0, 0.0]]]
 
 
-def test_gradient_stops_where_relu_is_flat() -> None:
-    x = torch.tensor([[[-1.0, -2.0, 1.0, 3.0]]], requires_grad=True)
-    ops.max_pool2d(x, (1, 2), relu=True).output.backward(torch.tensor([[[10.0, 1.0]]]))
+def test_gradient_stops_where_relu_is_flat(place: Place) -> None:
+    x = place.to(torch.tensor([[[-1.0, -2.0, 1.0, 3.0]]])).requires_grad_()
+    ops.max_pool2d(x, (1, 2), relu=True).output.backward(place.to(torch.tensor([[[10.0, 1.0]]])))
     assert x.grad is not None
     assert x.grad.tolist() == [[[0.0, 0.0, 0.0, 1.0]]]
 
 
 @pytest.mark.parametrize("dtype", reference.DTYPES)
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
-def test_three_by_three_literal(dtype: torch.dtype, layout: torch.memory_format) -> None:
+def test_three_by_three_literal(place: Place, dtype: torch.dtype, layout: torch.memory_format) -> None:
     # the first window holds padding, both zeros and -1; the second two fives
     rows = [[-0.0, 0.0, 5.0, 1.0], [-1.0, 0.0, 2.0, 5.0]]
-    x = torch.tensor([[rows, rows]], dtype=dtype).contiguous(memory_format=layout)
+    x = place.to(torch.tensor([[rows, rows]], dtype=dtype).contiguous(memory_format=layout))
     pool, fused = ops.max_pool2d(x, 3, 2, 1), ops.max_pool2d(x, 3, 2, 1, relu=True)
     for result in (pool, fused):
         assert result.output.tolist() == [[[[0.0, 5.0]]] * 2]
-        assert torch.signbit(result.output).tolist() == [[[[True, False]]] * 2]
+        signed = result is pool or place.name == "cpu"
+        assert torch.signbit(result.output).tolist() == [[[[signed, False]]] * 2]
         assert result.offsets.tolist() == [[[[4, 4]]] * 2]
     assert pool.windows.tolist() == [0, 1, 2, 3]
     assert pool.members.tolist() == [[1 << 4 | 1 << 5 | 1 << 8], [1 << 4 | 1 << 8]] * 2
@@ -139,12 +168,12 @@ def test_three_by_three_literal(dtype: torch.dtype, layout: torch.memory_format)
     assert fused.touches.tolist() == [0, 1, 5, 8, 9, 13]
 
 
-def test_minus_infinity_does_not_tie_with_padding() -> None:
+def test_minus_infinity_does_not_tie_with_padding(place: Place) -> None:
     x = torch.full((1, 1, 2, 2), -INF)
     x[0, 0, 1, 1] = 1.0
-    result = ops.max_pool2d(x, 3, 2, 1)
+    result = ops.max_pool2d(place.to(x), 3, 2, 1)
     assert (result.offsets.item(), result.windows.tolist()) == (8, [])
-    result = ops.max_pool2d(torch.full((1, 1, 1, 1), -INF), 3, 2, 1)
+    result = ops.max_pool2d(place.to(torch.full((1, 1, 1, 1), -INF)), 3, 2, 1)
     assert (result.output.item(), result.offsets.item(), result.windows.tolist()) == (-INF, 4, [])
 
 
@@ -160,23 +189,23 @@ def test_overlapping_gradients_are_added_in_the_order_of_the_windows(layout: tor
     assert g.count_nonzero() == 2
 
 
-def test_touch_outside_every_window() -> None:
+def test_touch_outside_every_window(place: Place) -> None:
     # the last column is in no window, but its unit is on the kink all the same
     x = torch.tensor([[[1.0, 2.0, 0.0], [3.0, 4.0, 5.0]]])
-    assert ops.max_pool2d(x, 2, relu=True).touches.tolist() == [2]
+    assert ops.max_pool2d(place.to(x), 2, relu=True).touches.tolist() == [2]
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
-def test_capacity_bounds_the_lists(layout: str) -> None:
-    x = image(torch.float32, layout)
+def test_capacity_bounds_the_lists(place: Place, layout: str) -> None:
+    x = place.to(image(torch.float32, layout))
     exact, touched = ops.max_pool2d(x, 2, relu=True), ops.relu(x)
     windows, touches, _ = exact.counts.tolist()
     assert windows > 9
     assert touches > windows
     for room in (0, 9, windows, touches + 5):
         pool, relu = ops.max_pool2d(x, 2, relu=True, capacity=room), ops.relu(x, capacity=room)
-        assert_same(pool.output, exact.output)
-        assert_same(relu.output, touched.output)
+        assert_same(pool.output, exact.output.cpu())
+        assert_same(relu.output, touched.output.cpu())
         assert torch.equal(pool.counts, exact.counts)
         assert torch.equal(relu.counts, touched.counts)
         assert [len(pool.windows), len(pool.members), len(pool.touches), len(relu.touches)] == [room] * 4
@@ -187,6 +216,41 @@ def test_capacity_bounds_the_lists(layout: str) -> None:
         if room >= touches:
             assert torch.equal(pool.touches[:touches].sort().values, exact.touches)
             assert torch.equal(relu.touches[:touches].sort().values, touched.touches)
+
+
+@pytest.mark.parametrize("name", ["distinct_rows", "opposite_rows", "conv_patches", "resolve_ties"])
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
+def test_bulk_operators_are_the_cpus(place: Place, dtype: torch.dtype, layout: str, name: str) -> None:
+    arguments = bulk_arguments(name, image(dtype, layout, special=False))
+    there = [
+        place.to(a) if isinstance(a, Tensor) else [place.to(b) for b in a] if isinstance(a, list) else a
+        for a in arguments
+    ]
+    actual, expected = getattr(ops, name)(*there), getattr(ops, name)(*arguments)
+    if isinstance(expected, Tensor):
+        assert_same(actual, expected)
+    else:
+        for a, e in zip(actual, expected, strict=True):
+            assert_same(a, e)
+
+
+def test_a_gpu_wants_a_capacity(place: Place) -> None:
+    if place.name == "cpu":
+        pytest.skip("only here lists may have the length of what was found")
+    x = place.to(image(torch.float32))
+    with pytest.raises(RuntimeError, match="capacity"):
+        torch.ops.adcert.relu(x)
+    with pytest.raises(RuntimeError, match="capacity"):
+        torch.ops.adcert.max_pool2d(x, (2, 2), (2, 2), (0, 0), (1, 1), False, True)
+
+
+def test_nothing_waits_for_a_gpu(place: Place) -> None:
+    x = place.to(image(torch.float32)).requires_grad_()
+    with place.no_waits():
+        pool, relu = ops.max_pool2d(x, 2, relu=True, capacity=99), ops.relu(x, capacity=99)
+        ops.touches(x, capacity=99)
+        (pool.output.sum() + relu.output.sum()).backward()
 
 
 def test_negative_capacity() -> None:
@@ -200,14 +264,15 @@ def test_negative_capacity() -> None:
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", reference.DTYPES)
-def test_pool_is_the_reference(dtype: torch.dtype, layout: str, relu: bool) -> None:
+def test_pool_is_the_reference(place: Place, dtype: torch.dtype, layout: str, relu: bool) -> None:
     x = image(dtype, layout)
     for geometry in geometries():
-        actual = ops.max_pool2d(x, *geometry, relu=relu)
-        expected = reference.max_pool2d(x, *geometry, relu=relu)
+        actual = ops.max_pool2d(place.to(x), *geometry, relu=relu)
+        expected = unsigned(reference.max_pool2d(x, *geometry, relu=relu), place, relu)
         for a, e in zip(actual, expected, strict=True):
             assert_same(a, e)
-        assert_same(actual.output, plain(x, *geometry, relu=relu))
+        if place.name != "kernels":
+            assert_same(actual.output, plain(place.to(x), *geometry, relu=relu).cpu())
 
 
 USUAL = tuple(itertools.product([(2, 2, 0), (3, 2, 0), (3, 2, 1)], [1], [False, True]))
@@ -229,7 +294,7 @@ def usual(shape: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
 @pytest.mark.parametrize("special", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", reference.DTYPES)
-def test_usual_windows(dtype: torch.dtype, layout: torch.memory_format, special: bool) -> None:
+def test_usual_windows(place: Place, dtype: torch.dtype, layout: torch.memory_format, special: bool) -> None:
     # special: NaN and infinities in a few places, so that tiles with and without them follow each other
     for shape in SHAPES:
         x = torch.randint(-3, 3, shape).to(dtype)
@@ -240,45 +305,42 @@ def test_usual_windows(dtype: torch.dtype, layout: torch.memory_format, special:
             x[:1, :1, -1] = -INF
         x = x.contiguous(memory_format=layout)
         for geometry, relu in itertools.product(usual(shape), (False, True)):
-            actual = ops.max_pool2d(x, *geometry, relu=relu)
-            for a, e in zip(actual, reference.max_pool2d(x, *geometry, relu=relu), strict=True):
+            actual = ops.max_pool2d(place.to(x), *geometry, relu=relu)
+            expected = unsigned(reference.max_pool2d(x, *geometry, relu=relu), place, relu)
+            for a, e in zip(actual, expected, strict=True):
                 assert_same(a, e)
-            assert_same(actual.output, plain(x, *geometry, relu=relu))
+            if place.name != "kernels":
+                assert_same(actual.output, plain(place.to(x), *geometry, relu=relu).cpu())
 
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("dtype", reference.DTYPES)
-def test_usual_gradients(dtype: torch.dtype, layout: torch.memory_format, relu: bool) -> None:
+def test_usual_gradients(place: Place, dtype: torch.dtype, layout: torch.memory_format, relu: bool) -> None:
     # a few cells above the rest, so that many windows send their gradients to one; an infinity meets its negative
     for shape in SHAPES:
         x = torch.randint(-1, 4, shape).to(dtype).contiguous(memory_format=layout)
         for geometry in [*usual(shape), (3, 1, 1, 1, False), ((2, 3), (1, 2), 0, (1, 2), True)]:
             if min(shape[2:]) < 5 and geometry[:2] == ((2, 3), (1, 2)):
                 continue
-            ours, theirs = x.detach().requires_grad_(), x.detach().requires_grad_()
-            expected = plain(theirs, *geometry, relu=relu)
-            seed = torch.randn_like(expected)
+            seed = torch.randn_like(plain(x, *geometry, relu=relu))
             seed.flatten()[::5] = -0.0
             seed[..., ::7] = INF
             seed[..., 3::7] = -INF
-            (g,) = torch.autograd.grad(ops.max_pool2d(ours, *geometry, relu=relu).output, ours, seed)
-            (h,) = torch.autograd.grad(expected, theirs, seed)
-            assert_same(g, h)
+            g = kernels_gradient(x, seed, *geometry, relu=relu, place=place)
+            assert_same(g, torchs_gradient(x, seed, *geometry, relu=relu, place=place))
 
 
 @pytest.mark.parametrize("relu", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", reference.DTYPES)
-def test_pool_gradient_is_torchs(dtype: torch.dtype, layout: str, relu: bool) -> None:
+def test_pool_gradient_is_torchs(place: Place, dtype: torch.dtype, layout: str, relu: bool) -> None:
     for geometry in geometries():
         x = image(dtype, layout, special=False)
-        ours, theirs = x.detach().requires_grad_(), x.detach().requires_grad_()
-        expected = plain(theirs, *geometry, relu=relu)
-        seed = torch.randn_like(expected)
+        seed = torch.randn_like(plain(x, *geometry, relu=relu))
         seed[..., ::5] = -0.0
-        (g,) = torch.autograd.grad(ops.max_pool2d(ours, *geometry, relu=relu).output, ours, seed)
-        (h,) = torch.autograd.grad(expected, theirs, seed)
+        g = kernels_gradient(x, seed, *geometry, relu=relu, place=place).cpu()
+        h = torchs_gradient(x, seed, *geometry, relu=relu, place=place)
         assert torch.equal(bits(g), bits(h)), geometry
         if layout in ("contiguous", "channels_last"):
             assert g.stride() == h.stride()
@@ -286,50 +348,50 @@ def test_pool_gradient_is_torchs(dtype: torch.dtype, layout: str, relu: bool) ->
 
 @pytest.mark.parametrize("layout", [*LAYOUTS, "expanded", "scalar"])
 @pytest.mark.parametrize("dtype", reference.DTYPES)
-def test_relu_is_the_reference(dtype: torch.dtype, layout: str) -> None:
+def test_relu_is_the_reference(place: Place, dtype: torch.dtype, layout: str) -> None:
     if layout == "expanded":
         x = image(dtype)[:, :, :1].expand(2, 5, 7, 22)
     elif layout == "scalar":
         x = torch.zeros((), dtype=dtype)
     else:
         x = image(dtype, layout)
-    for a, e in zip(ops.relu(x), reference.relu(x), strict=True):
+    for a, e in zip(ops.relu(place.to(x)), unsigned(reference.relu(x), place), strict=True):
         assert_same(a, e)
     for kink in (0.0, -2.0, 0.1):
-        for a, e in zip(ops.touches(x, kink), reference.touches(x, kink), strict=True):
+        for a, e in zip(ops.touches(place.to(x), kink), reference.touches(x, kink), strict=True):
             assert_same(a, e)
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 @pytest.mark.parametrize("dtype", reference.DTYPES)
-def test_relu_gradient_is_torchs(dtype: torch.dtype, layout: str) -> None:
+def test_relu_gradient_is_torchs(place: Place, dtype: torch.dtype, layout: str) -> None:
     x = image(dtype, layout)
-    ours, theirs, seed = x.detach().requires_grad_(), x.detach().requires_grad_(), torch.randn_like(x)
-    (g,) = torch.autograd.grad(ops.relu(ours).output, ours, seed)
+    ours, theirs, seed = place.to(x.detach()).requires_grad_(), x.detach().requires_grad_(), torch.randn_like(x)
+    (g,) = torch.autograd.grad(ops.relu(ours).output, ours, place.to(seed))
     (h,) = torch.autograd.grad(torch.relu(theirs), theirs, seed)
     assert_same(g, h)
 
 
-def test_long_rows_and_many_channels() -> None:
+def test_long_rows_and_many_channels(place: Place) -> None:
     # more lanes than one tile holds, in both formats, with a remainder
     for shape in ((1, 2, 5, 1201), (1, 601, 4, 5)):
         for layout in (torch.contiguous_format, torch.channels_last):
             x = torch.randint(-2, 3, shape).float().contiguous(memory_format=layout)
             for geometry in ((2,), (3, 2, 1)):
                 for a, e in zip(
-                    ops.max_pool2d(x, *geometry, relu=True),
-                    reference.max_pool2d(x, *geometry, relu=True),
+                    ops.max_pool2d(place.to(x), *geometry, relu=True),
+                    unsigned(reference.max_pool2d(x, *geometry, relu=True), place),
                     strict=True,
                 ):
                     assert_same(a, e)
 
 
-def test_pool_indices_are_torchs() -> None:
+def test_pool_indices_are_torchs(place: Place) -> None:
     x = image(torch.float32)
     for geometry in geometries():
-        offsets = ops.max_pool2d(x, *geometry).offsets
+        offsets = ops.max_pool2d(place.to(x), *geometry).offsets
         _, indices = F.max_pool2d(x, *geometry, return_indices=True)
-        assert torch.equal(ops.pool_indices(offsets, x.shape, *geometry[:4]), indices)
+        assert torch.equal(ops.pool_indices(offsets, x.shape, *geometry[:4]).cpu(), indices)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
@@ -360,19 +422,19 @@ def test_order_does_not_depend_on_threads(layout: torch.memory_format) -> None:
         ((1, 1, 1, 1), {"dilation": 3, "padding": 2}),  # torch reads beyond the image here
     ],
 )
-def test_bad_geometry(shape: tuple[int, ...], arguments: dict[str, int]) -> None:
+def test_bad_geometry(place: Place, shape: tuple[int, ...], arguments: dict[str, int]) -> None:
     with pytest.raises(RuntimeError, match="max_pool2d"):
-        ops.max_pool2d(torch.zeros(shape), 2, **arguments)
+        ops.max_pool2d(place.to(torch.zeros(shape)), 2, **arguments)
 
 
 @pytest.mark.parametrize("op", [ops.relu, ops.touches, lambda x: ops.max_pool2d(x, 2)])
-def test_bad_dtype(op: Callable[[Tensor], object]) -> None:
+def test_bad_dtype(place: Place, op: Callable[[Tensor], object]) -> None:
     with pytest.raises(RuntimeError, match="float16"):
-        op(torch.zeros(1, 4, 4, dtype=torch.int32))
+        op(place.to(torch.zeros(1, 4, 4, dtype=torch.int32)))
 
 
-def test_routes_that_do_not_fit() -> None:
-    grad, routes = torch.zeros(1, 1, 2, 2), torch.zeros(1, 1, 3, 2, dtype=torch.uint8)
+def test_routes_that_do_not_fit(place: Place) -> None:
+    grad, routes = place.to(torch.zeros(1, 1, 2, 2)), place.to(torch.zeros(1, 1, 3, 2, dtype=torch.uint8))
     with pytest.raises(RuntimeError, match="routes"):
         torch.ops.adcert.max_pool2d_backward(grad, routes, 4, 4, (2, 2), (2, 2), (0, 0), (1, 1), False)
 
@@ -450,10 +512,10 @@ def test_opcheck(name: str) -> None:
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "3d"])
 @pytest.mark.parametrize("relu", [False, True])
-def test_batched_gradient_is_the_loop(layout: str, relu: bool) -> None:
-    x = image(torch.float64, layout, special=False).requires_grad_()
+def test_batched_gradient_is_the_loop(place: Place, layout: str, relu: bool) -> None:
+    x = place.to(image(torch.float64, layout, special=False)).requires_grad_()
     y = ops.max_pool2d(x, 3, 2, 1, relu=relu).output
-    seeds = torch.randn(4, *y.shape, dtype=torch.float64)
+    seeds = place.to(torch.randn(4, *y.shape, dtype=torch.float64))
     (batched,) = torch.autograd.grad(y, x, seeds, retain_graph=True, is_grads_batched=True)
     for seed, g in zip(seeds, batched, strict=True):
         assert torch.equal(g, torch.autograd.grad(y, x, seed, retain_graph=True)[0])
