@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -81,6 +81,14 @@ def torchs_gradient(x: Tensor, seed: Tensor, *geometry: Any, relu: bool, place: 
     leaf = x.detach().to(wide).requires_grad_()
     (g,) = torch.autograd.grad(plain(leaf, *geometry, relu=relu), leaf, seed.to(wide))
     return g.to(x.dtype)
+
+
+def moved(arguments: Iterable[Any], place: Place) -> list[Any]:
+    """Tensors, and those in lists, on the device."""
+    return [
+        place.to(a) if isinstance(a, Tensor) else [place.to(t) for t in a] if isinstance(a, list) else a
+        for a in arguments
+    ]
 
 
 def kernels_gradient(x: Tensor, seed: Tensor, *geometry: Any, relu: bool, place: Place) -> Tensor:
@@ -223,11 +231,7 @@ def test_capacity_bounds_the_lists(place: Place, layout: str) -> None:
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last"])
 def test_bulk_operators_are_the_cpus(place: Place, dtype: torch.dtype, layout: str, name: str) -> None:
     arguments = bulk_arguments(name, image(dtype, layout, special=False))
-    there = [
-        place.to(a) if isinstance(a, Tensor) else [place.to(b) for b in a] if isinstance(a, list) else a
-        for a in arguments
-    ]
-    actual, expected = getattr(ops, name)(*there), getattr(ops, name)(*arguments)
+    actual, expected = getattr(ops, name)(*moved(arguments, place)), getattr(ops, name)(*arguments)
     if isinstance(expected, Tensor):
         assert_same(actual, expected)
     else:
@@ -404,6 +408,33 @@ def test_order_does_not_depend_on_threads(layout: torch.memory_format) -> None:
     for result in results[1:]:
         for a, e in zip(result, results[0], strict=True):
             assert_same(a, e)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("order", [1, 2, 3])
+def test_cuda_sources_do_not_depend_on_the_order_of_threads(
+    order: int, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = torch.randint(-2, 3, (3, 24, 14, 16)).float().contiguous(memory_format=layout)
+    x[:, 5:9] = x[:1, 5:6]
+    bulk = ("distinct_rows", "opposite_rows", "conv_patches", "resolve_ties")
+
+    def results() -> list[Tensor]:
+        y = place.to(x)
+        found = [*ops.max_pool2d(y, 3, 2, 1, relu=True), *ops.max_pool2d(y, 2), *ops.relu(y), *ops.touches(y, 1.0)]
+        for name in bulk:
+            result = getattr(ops, name)(*moved(bulk_arguments(name, x), place))
+            found += [result] if isinstance(result, Tensor) else [*result]
+        return [t.cpu() for t in found]
+
+    with opened("kernels") as place:
+        monkeypatch.setenv("ADCERT_EMULATION_ORDER", "0")
+        expected = results()
+        monkeypatch.setenv("ADCERT_EMULATION_ORDER", str(order))
+        raw = ops.relu(place.to(x), capacity=4096).touches.cpu()
+        for a, e in zip(results(), expected, strict=True):
+            assert_same(a, e)
+    assert not torch.equal(raw[: len(expected[13])], expected[13])  # the order in which they are found is another
 
 
 # bad input

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from core_helpers import Seen, autograd_rows, look
+from emulation.build import load
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -38,13 +39,31 @@ def arguments(record: OpRecord, stages: Stages) -> tuple[Any, ...]:
     return ties.windows, ties.members, ties.offsets, pool, stages.numbers, stages.tensors
 
 
+def on_gpu(
+    windows: Tensor, members: Tensor, offsets: Tensor, pool: Any, stages: Any, tensors: list[Tensor]
+) -> ops.Resolved:
+    """Lists on the host, as the analysis has them."""
+    return ops.resolve_ties(windows, members, offsets.cuda(), pool, stages, [t.cuda() for t in tensors])
+
+
+def by_cuda_sources(*arguments: Any) -> ops.Resolved:
+    """The CUDA sources, compiled for the CPU."""
+    load()
+    return ops.Resolved(*torch.ops.adcert_emulated.resolve_ties(*arguments))
+
+
+RESOLVERS = [ops.resolve_ties, by_cuda_sources, *([on_gpu] if torch.cuda.is_available() else [])]
+
+
 def counts(seen: Seen, record: OpRecord) -> dict[str, int]:
     """Answers of the resolver; the reference agrees in everything, and autograd with every zero and every row."""
     stages = stages_of(seen, record)
     assert stages is not None
-    found, expected = ops.resolve_ties(*arguments(record, stages)), reference.resolve_ties(*arguments(record, stages))
-    for actual, other in zip(found, expected, strict=True):
-        assert torch.equal(actual, other)
+    expected = reference.resolve_ties(*arguments(record, stages))
+    for resolve in RESOLVERS:
+        found = resolve(*arguments(record, stages))
+        for actual, other in zip(found, expected, strict=True):
+            assert torch.equal(actual.cpu(), other)
     confirm(seen, record, stages, found)
     return {name: count for name, count in zip(ANSWERS, found.counts.tolist(), strict=True) if count}
 
