@@ -523,6 +523,16 @@ def test_max_pool2d_has_its_gradient(kernels: str, relu: bool):
         assert torch.equal(to_host(found.members)[:ties][order], expected.members)
 
 
+@pytest.mark.parametrize("kernels", ["cpu", "emulated"])
+def test_a_relu_leaves_no_negative_zero(kernels: str):
+    with emulated_cuda(kernels):
+        x = torch.full((1, 1, 2, 2), -0.0).cuda()
+        pooled = ops.max_pool2d(x, 2, relu=True, capacity=4).output
+        for output in (F.relu(x), F.relu(x.clone(), inplace=True), ops.relu(x, capacity=4).output, pooled):
+            assert not torch.signbit(to_host(output)).any()
+        assert torch.signbit(to_host(ops.max_pool2d(x, 2, capacity=4).output)).all()
+
+
 def test_lists_come_in_no_order_with_undefined_ends(emulated: Device):
     x = to_device(torch.zeros(50))
     touches = to_host(ops.relu(x, capacity=60).touches)

@@ -58,7 +58,9 @@ class Device:
         return _STAND_INS.get(op.overloadpacket.__name__, op)
 
 
-_STAND_INS = {name: getattr(host_kernels, name) for name in ("cudnn_batch_norm", "cudnn_batch_norm_backward")}
+_STAND_INS = {
+    name: getattr(host_kernels, name) for name in ("relu", "relu_", "cudnn_batch_norm", "cudnn_batch_norm_backward")
+}
 _active: Device | None = None
 
 

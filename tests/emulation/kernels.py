@@ -1,4 +1,4 @@
-"""What runs on the host in place of a device's own kernels: cuDNN's batch normalisation and adcert's operators."""
+"""What runs on the host in place of a device's own kernels, where a GPU gives another answer or torch has none."""
 
 from __future__ import annotations
 
@@ -15,6 +15,15 @@ NAMES = tuple(
     """relu touches max_pool2d max_pool2d_backward max_pool2d_gather resolve_ties conv_patches distinct_rows
     opposite_rows""".split()
 )
+
+
+def relu(x: Tensor) -> Tensor:
+    """A GPU's ReLU sends -0.0 to +0.0."""
+    return torch.relu(x).add_(0)
+
+
+def relu_(x: Tensor) -> Tensor:
+    return torch.relu_(x).add_(0)
 
 
 def cudnn_batch_norm(
@@ -80,13 +89,23 @@ def _shuffled(entries: Tensor, order: Tensor) -> Tensor:
     return mixed
 
 
+def _relu(*args: Any) -> tuple[Tensor, ...]:
+    output, *seen = torch.ops.adcert.relu(*args)
+    return output.add_(0), *seen
+
+
+def _max_pool2d(*args: Any) -> tuple[Tensor, ...]:
+    output, *seen = torch.ops.adcert.max_pool2d(*args)
+    return output.add_(0) if args[6] else output, *seen
+
+
 def stand_ins() -> dict[str, Kernel]:
     """adcert's own CPU kernels, made to answer as CUDA's may."""
     ops = torch.ops.adcert
     return {name: getattr(ops, name) for name in NAMES} | {
-        "relu": Recording(ops.relu, {1: 1}, 2, 1),
+        "relu": Recording(_relu, {1: 1}, 2, 1),
         "touches": Recording(ops.touches, {0: 1}, 1, 2),
-        "max_pool2d": Recording(ops.max_pool2d, {2: 0, 3: 0, 4: 1}, 5, 7),
+        "max_pool2d": Recording(_max_pool2d, {2: 0, 3: 0, 4: 1}, 5, 7),
     }
 
 
