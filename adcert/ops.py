@@ -476,7 +476,7 @@ def _plain(x: Tensor) -> bool:
 
 def _channels_last(x: Tensor) -> bool:
     """torch's rule (csrc/checks.h): strides that look like channels_last; ambiguous ones do not."""
-    if x.dim() != 4 or 0 in x.shape:
+    if x.is_contiguous() or x.dim() != 4 or 0 in x.shape:
         return False
     least = 0
     for d in (1, 3, 2, 0):

@@ -115,3 +115,11 @@ def test_cuda_library_without_operators(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(torch._C, "_dispatch_has_kernel_for_dispatch_key", lambda *_: False)
     problem = _load.cuda_problem(tmp_path)
     assert problem is not None and problem.startswith("_cuda.so loaded, but registered no operators")
+
+
+def test_a_cuda_tensor_without_the_library_is_refused() -> None:
+    if _load.cuda_problem() is None:
+        pytest.skip("the CUDA library is there")
+    on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+    with pytest.raises(BuildError, match="do not take CUDA tensors here: .*CUDA"):
+        torch.ops.adcert.relu.default.redispatch(on_cuda, torch.ones(2), 4)
