@@ -111,6 +111,10 @@ class Items {
 // Whether indices up to `most`, and a few grids more, fit into int32.
 inline bool fits_int(int64_t most) { return most < int64_t{1} << 30; }
 
+// Whether the arithmetic of windows does: also cells far outside of the image, which large dilations step to.
+inline bool fits_int(const Axis& a) { return fits_int(a.size + a.padding + a.stride + a.dilation * a.kernel); }
+inline bool fits_int(const Window& w) { return fits_int(w.height) && fits_int(w.width); }
+
 // Values on the device: float for the half types, compared as such. narrow rounds; exact is for what widen made.
 template <class T>
 struct Element {

@@ -312,7 +312,7 @@ void pool_all(const Place& place, const Tensor& x, const Tensor& out, const Tens
   if (offsets.scalar_type() != ScalarType::Byte)
     channels_last ? run(&pool_any<RELU, true, 1, 0, T, int64_t, int32_t>, wide, narrow, 1)
                   : run(&pool_any<RELU, false, 1, 0, T, int64_t, int32_t>, wide, narrow, 1);
-  else if (!fits_int(x.numel()) || !fits_int(outputs))
+  else if (!fits_int(x.numel()) || !fits_int(outputs) || !fits_int(window))
     channels_last ? run(&pool_any<RELU, true, 1, 0, T, int64_t, uint8_t>, wide, byte, 1)
                   : run(&pool_any<RELU, false, 1, 0, T, int64_t, uint8_t>, wide, byte, 1);
   else if (channels_last && !packs(data, channels, sizeof(T)))

@@ -137,7 +137,7 @@ Tensor run(const Route& route, bool gathers) {
     using T = decltype(zero);
     if (!route.narrow)
       run_as<T, int32_t, int64_t>(route, gathers);
-    else if (fits_int(route.to.numel()) && fits_int(route.source.numel()))
+    else if (fits_int(route.to.numel()) && fits_int(route.source.numel()) && fits_int(route.window))
       run_as<T, uint8_t, int32_t>(route, gathers);
     else
       run_as<T, uint8_t, int64_t>(route, gathers);

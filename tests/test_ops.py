@@ -203,6 +203,23 @@ def test_touch_outside_every_window(place: Place) -> None:
     assert ops.max_pool2d(place.to(x), 2, relu=True).touches.tolist() == [2]
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_dilation_may_step_far_outside(place: Place, layout: torch.memory_format) -> None:
+    # the first and the third tap are 2^31 lines away from the second, the only one inside
+    far, x = 2**31 - 2, torch.randint(-3, 3, (1, 4, 3, 3)).float().contiguous(memory_format=layout)
+    result = ops.max_pool2d(place.to(x), (3, 1), 1, (far, 0), (far, 1))
+    assert_same(result.output, x)
+    assert bool((result.offsets == 1).all())
+
+
+def test_gradient_of_taps_far_outside(place: Place) -> None:
+    far, x = 2**31 - 2, place.to(torch.ones(1, 3, 3)).requires_grad_()
+    seed = torch.arange(9.0).view(1, 3, 3)
+    ops.max_pool2d(x, (3, 1), 1, (far, 0), (far, 1)).output.backward(place.to(seed))
+    assert x.grad is not None
+    assert_same(x.grad, seed)
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
 def test_capacity_bounds_the_lists(place: Place, layout: str) -> None:
     x = place.to(image(torch.float32, layout))
