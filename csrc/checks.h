@@ -52,11 +52,19 @@ inline Axis make_axis(const char* name, int64_t size, int64_t kernel, int64_t st
   int64_t count = (room < 0 ? 0 : (ceil_mode ? (room + stride - 1) / stride : room / stride)) + 1;
   // With ceil_mode a window must start inside the image or in its left padding.
   if (ceil_mode && (count - 1) * stride >= size + padding) --count;
-  const Axis axis{size, kernel, stride, padding, dilation, count};
-  for (int64_t o = 0; o < count && axis.start(o) < 0; ++o)
+  return {size, kernel, stride, padding, dilation, count};
+}
+
+// Every window holds a cell of the image.
+inline void check_cells(const char* name, const Axis& axis) {
+  for (int64_t o = 0; o < axis.count && axis.start(o) < 0; ++o)
     STD_TORCH_CHECK(axis.first(o) < axis.last(o), "max_pool2d: window ", o, " along the ", name,
-                    " holds no cell of the image (size ", size, "): its dilation ", dilation, " steps over it");
-  return axis;
+                    " holds no cell of the image (size ", axis.size, "): its dilation ", axis.dilation,
+                    " steps over it");
+}
+inline void check_cells(const Window& window) {
+  check_cells("height", window.height);
+  check_cells("width", window.width);
 }
 
 inline void check_pairs(const std::vector<int64_t>& kernel, const std::vector<int64_t>& stride,

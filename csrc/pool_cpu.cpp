@@ -223,6 +223,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> max_pool2d(
   check_floating(x, "max_pool2d");
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   const Window window = make_window(shape, kernel, stride, padding, dilation, ceil_mode);
+  check_cells(window);
   const Tensor base = relu ? dense(x) : x;  // torch's pooling would see the strides of torch.relu(x)
   const bool channels_last = looks_channels_last(base);
   const Tensor from = in_format(base, channels_last);

@@ -339,6 +339,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> max_pool2d(
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   const Window window = make_window(shape, kernel, stride, padding, dilation, ceil_mode);
   const Tensor base = relu ? dense(x) : x;  // torch's pooling would see the strides of torch.relu(x)
+  check_cells(window);
   const bool channels_last = looks_channels_last(base);
   const Tensor from = in_format(base, channels_last);
   const int64_t batch = shape.size() == 4 ? shape[0] : 1, channels = shape[shape.size() - 3];

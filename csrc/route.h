@@ -29,6 +29,7 @@ inline Window window_of(const Tensor& routes, int64_t height, int64_t width, con
                   "max_pool2d: more windows in the routes than fit into [", height, ", ", width, "]");
   window.height.count = routes.size(d - 2);
   window.width.count = routes.size(d - 1);
+  check_cells(window);
   return window;
 }
 

@@ -220,6 +220,14 @@ def test_gradient_of_taps_far_outside(place: Place) -> None:
     assert_same(x.grad, seed)
 
 
+def test_windows_that_only_ceil_mode_has_need_no_cell(place: Place) -> None:
+    # window 0 looks at cells -5, 0, 5; with ceil_mode there would be another, at -3, 2, 7 of 0 .. 1
+    x = place.to(torch.tensor([[[3.0, 4.0]]])).requires_grad_()
+    ops.max_pool2d(x, (1, 3), (1, 2), (0, 5), (1, 5)).output.backward(place.to(torch.tensor([[[7.0]]])))
+    assert x.grad is not None
+    assert x.grad.tolist() == [[[7.0, 0.0]]]
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
 def test_capacity_bounds_the_lists(place: Place, layout: str) -> None:
     x = place.to(image(torch.float32, layout))
