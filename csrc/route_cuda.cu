@@ -41,13 +41,13 @@ __global__ __launch_bounds__(kThreads, sizeof(I) == 4 ? 4 : 2) void scatter(cons
       for (I ow = w.reach(column), ow1 = w.beyond(column); ow < ow1; ++ow) {
         const I right = column - w.start(ow);
         if (right % w.dilation) continue;
-        const auto tap = static_cast<R>(down / h.dilation * w.kernel + right / w.dilation);
+        const I tap = down / h.dilation * w.kernel + right / w.dilation;  // may not fit into R
         const I at = (oh * w.count + ow) * job.channels;
         const Pack<R, V> route = load<V>(routes + at);
         const Pack<T, V> grad = load<V>(from + at);
 #pragma unroll
         for (int v = 0; v < V; ++v)
-          if (route.v[v] == tap) sum[v] += E::widen(grad.v[v]);
+          if (static_cast<I>(route.v[v]) == tap) sum[v] += E::widen(grad.v[v]);
       }
     }
     Pack<T, V> result;

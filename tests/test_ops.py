@@ -228,6 +228,14 @@ def test_windows_that_only_ceil_mode_has_need_no_cell(place: Place) -> None:
     assert x.grad.tolist() == [[[7.0, 0.0]]]
 
 
+def test_bytes_route_into_the_first_taps_of_a_large_window(place: Place) -> None:
+    # route 3 is tap 3, not also tap 3 + 256
+    arguments = (torch.ones(1, 1, 1), torch.full((1, 1, 1), 3, dtype=torch.uint8))
+    geometry = (1, 300, (1, 300), (1, 300), (0, 0), (1, 1), False)
+    grad = torch.ops.adcert.max_pool2d_backward(*moved(arguments, place), *geometry)
+    assert grad.cpu().nonzero().tolist() == [[0, 0, 3]]
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
 def test_capacity_bounds_the_lists(place: Place, layout: str) -> None:
     x = place.to(image(torch.float32, layout))
