@@ -99,7 +99,7 @@ Tensor conv_patches(const Tensor& x, const Tensor& units, std::vector<int64_t> s
 
 // distinct_rows ----------------------------------------------------------------------------------------------------
 
-// U: the largest word a row is a whole number of.
+// U: the largest word a row is a whole number of, and whose alignment the first one has.
 template <class U>
 __global__ __launch_bounds__(kThreads, 2) void mark_first(const U* rows, int64_t count, int64_t width, Slot* slots,
                                                           uint64_t mask) {
@@ -140,11 +140,13 @@ Tensor distinct_rows(const Tensor& rows) {
     place.launch(&mark_first<U>, count * kWarp, data, count, bytes / static_cast<int64_t>(sizeof(U)), table,
                  static_cast<uint64_t>(size - 1));
   };
-  if (bytes % 8 == 0)
+  const uint64_t start = reinterpret_cast<uintptr_t>(rows.const_data_ptr()),
+                 aligned = start | static_cast<uint64_t>(bytes);
+  if (aligned % 8 == 0)
     run(uint64_t{});
-  else if (bytes % 4 == 0)
+  else if (aligned % 4 == 0)
     run(uint32_t{});
-  else if (bytes % 2 == 0)
+  else if (aligned % 2 == 0)
     run(uint16_t{});
   else
     run(uint8_t{});

@@ -236,6 +236,14 @@ def test_bytes_route_into_the_first_taps_of_a_large_window(place: Place) -> None
     assert grad.cpu().nonzero().tolist() == [[0, 0, 3]]
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, *reference.DTYPES])
+def test_rows_may_begin_anywhere(place: Place, dtype: torch.dtype) -> None:
+    # rows of 8 bytes whose first one does not lie at a multiple of 8: on a GPU a wide load of it would be an error
+    width = 8 // dtype.itemsize
+    flat = place.to(torch.tensor([9] + [1] * width + [2] * width + [1] * width).to(dtype))
+    assert ops.distinct_rows(flat[1:].view(3, width)).tolist() == [0, 1]
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
 def test_capacity_bounds_the_lists(place: Place, layout: str) -> None:
     x = place.to(image(torch.float32, layout))
