@@ -18,22 +18,24 @@ struct Lists {
 
 constexpr int kWindows = 0, kTouches = 1, kNonfinite = 2;
 
-// The first of `mine` places that a lane may fill; every lane of the warp takes part.
-inline __device__ int64_t reserve(Counter* counter, unsigned mine) {
+// The first of `mine` places that a lane may fill; every lane of the warp takes part. C holds the sum of a warp.
+template <class C>
+__device__ int64_t reserve(Counter* counter, C mine) {
   const unsigned lane = threadIdx.x % kWarp;
-  unsigned sum = mine;  // of this lane and those before it
+  C sum = mine;  // of this lane and those before it
   for (unsigned d = 1; d < kWarp; d *= 2) {
-    const unsigned before = __shfl_up_sync(kWhole, sum, d);
+    const C before = __shfl_up_sync(kWhole, sum, d);
     if (lane >= d) sum += before;
   }
   Counter base = 0;
   if (lane == kWarp - 1) base = atomicAdd(counter, static_cast<Counter>(sum));
   base = __shfl_sync(kWhole, base, kWarp - 1);
-  return static_cast<int64_t>(base) + sum - mine;
+  return static_cast<int64_t>(base + sum - mine);
 }
 
 // Adds up `mine` of every lane of the warp.
-inline __device__ void tally(Counter* counter, unsigned mine) {
+template <class C>
+__device__ void tally(Counter* counter, C mine) {
   for (unsigned d = kWarp / 2; d > 0; d /= 2) mine += __shfl_xor_sync(kWhole, mine, d);
   if (threadIdx.x % kWarp == 0 && mine) atomicAdd(counter, static_cast<Counter>(mine));
 }

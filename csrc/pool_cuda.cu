@@ -157,7 +157,8 @@ template <bool RELU, bool NHWC, int V, class T, class I, class O>
 __device__ void note_odd(const Job<T, I, O>& job, I item, bool mine) {
   using W = typename Element<T>::Wide;
   const Spot<T, I> s = spot<NHWC, V>(job, item);
-  unsigned touches = 0, nonfinite = 0;
+  // A window of a huge image may own more cells than fit into 32 bits.
+  std::conditional_t<sizeof(I) == 4, unsigned, Counter> touches = 0, nonfinite = 0;
   if (mine)
     each_owned<V>(job, s, [&](I, const Pack<T, V>& pack) {
       for (int v = 0; v < V; ++v) {
@@ -338,8 +339,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> max_pool2d(
   check_capacity("max_pool2d", capacity);
   std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
   const Window window = make_window(shape, kernel, stride, padding, dilation, ceil_mode);
-  const Tensor base = relu ? dense(x) : x;  // torch's pooling would see the strides of torch.relu(x)
   check_cells(window);
+  const Tensor base = relu ? dense(x) : x;  // torch's pooling would see the strides of torch.relu(x)
   const bool channels_last = looks_channels_last(base);
   const Tensor from = in_format(base, channels_last);
   const int64_t batch = shape.size() == 4 ? shape[0] : 1, channels = shape[shape.size() - 3];
