@@ -152,13 +152,11 @@ __device__ unsigned compare_elements(const Job& job, Frame& frame, Places& deepe
 }
 
 // Settles two places; every lane of the warp comes to the same answer. kNo too where the table is full: the caller then
-// asks all again.
-__device__ unsigned settle(const Job& job, const Places& asked) {
-  Frame stack[kDepth];
+// asks all again. stack: of the warp, in shared memory, for the comparisons that wait for a deeper one.
+__device__ unsigned settle(const Job& job, const Places& asked, Frame* stack) {
   int depth = 0;
-  stack[0] = {asked, -1, 0};
+  Frame frame{asked, -1, 0};
   while (true) {
-    Frame& frame = stack[depth];
     unsigned answer = 0;
     Places deeper{};
     if (frame.tap < 0) {
@@ -168,16 +166,22 @@ __device__ unsigned settle(const Job& job, const Places& asked) {
     }
     if (answer == 0) answer = compare_elements(job, frame, deeper);
     if (answer == 0) {  // depth stays below kDepth: each convolution is deeper than the one before, and the host counts
-      stack[++depth] = {deeper, -1, 0};
+      if (threadIdx.x % kWarp == 0) stack[depth] = frame;
+      __syncwarp();
+      ++depth;
+      frame = {deeper, -1, 0};
       continue;
     }
     if (!job.memo.put(key_of(job, frame.places), answer)) return kNo;
     if (depth == 0) return answer;
-    --depth;
+    frame = stack[--depth];
+    __syncwarp();  // all lanes have read it before it is written again
   }
 }
 
 __global__ __launch_bounds__(kThreads, 2) void resolve(const __grid_constant__ Job job) {
+  // As local memory the device would have to set it aside for every thread it can hold.
+  __shared__ Frame stacks[kThreads / kWarp][kDepth];
   const int64_t warps = static_cast<int64_t>(gridDim.x) * (kThreads / kWarp);
   const int64_t outputs = job.pool.window.outputs();
   for (int64_t k = (blockIdx.x * static_cast<int64_t>(kThreads) + threadIdx.x) / kWarp; k < job.pairs; k += warps) {
@@ -189,7 +193,7 @@ __global__ __launch_bounds__(kThreads, 2) void resolve(const __grid_constant__ J
       int i = 0;
       answer = reach_top(job.stages, job.count, i, n, c, p, q);
       if (answer == kOpen) {
-        const unsigned settled = settle(job, places(job, i, n, c, p, q));
+        const unsigned settled = settle(job, places(job, i, n, c, p, q), stacks[threadIdx.x / kWarp]);
         answer = settled == kYes ? kZero : settled == kDiffer ? kRow : kOpen;
       }
     }
