@@ -178,6 +178,18 @@ inline torch::stable::Device the_cpu() { return torch::stable::Device(torch::hea
 
 inline Tensor on_cpu(const Tensor& t) { return t.is_cpu() ? t : torch::stable::to(t, the_cpu()); }
 
+// A list of the host on the device, through pinned memory: nobody waits, and the list may go at once.
+inline Tensor sent(const Tensor& list, const torch::stable::Device& device) {
+#if defined(ADCERT_EMULATION)
+  return torch::stable::to(list, device);
+#else
+  if (!list.is_cpu()) return torch::stable::to(list, device);
+  Tensor pinned = torch::stable::empty(list.sizes(), list.scalar_type(), std::nullopt, the_cpu(), true);
+  torch::stable::copy_(pinned, list);
+  return torch::stable::to(pinned, device, /*non_blocking=*/true);
+#endif
+}
+
 inline Tensor long_list(const std::vector<int64_t>& values) {
   Tensor t = torch::stable::empty({static_cast<int64_t>(values.size())}, ScalarType::Long, std::nullopt, the_cpu());
   std::copy(values.begin(), values.end(), static_cast<int64_t*>(t.mutable_data_ptr()));

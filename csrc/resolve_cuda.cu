@@ -232,9 +232,9 @@ Tensor ask(const Question& asked, const Tensor& offsets, const std::vector<int64
   static_assert(std::is_trivially_copyable_v<Stage> && sizeof(Stage) % sizeof(int64_t) == 0);
   std::vector<int64_t> stages(asked.stages.size() * sizeof(Stage) / sizeof(int64_t));
   if (!stages.empty()) std::memcpy(stages.data(), asked.stages.data(), stages.size() * sizeof(int64_t));
-  const Tensor where = torch::stable::to(long_list(windows), offsets.device());
-  const Tensor which = torch::stable::to(long_list(cells), offsets.device());
-  const Tensor walk = torch::stable::to(long_list(stages), offsets.device());
+  const Tensor where = sent(long_list(windows), offsets.device());
+  const Tensor which = sent(long_list(cells), offsets.device());
+  const Tensor walk = sent(long_list(stages), offsets.device());
   const Tensor result = torch::stable::new_empty(offsets, {3, pairs}, ScalarType::Long);
   auto* to = static_cast<int64_t*>(result.mutable_data_ptr());
   Job job{reinterpret_cast<const Stage*>(walk.const_data_ptr()),

@@ -77,7 +77,7 @@ Tensor conv_patches(const Tensor& x, const Tensor& units, std::vector<int64_t> s
   check_units(x, s, on_cpu(units));
   const int64_t count = units.size(0);
   const Tensor out = empty(x, {count, s.patches.size()}, x.scalar_type(), false);
-  const Tensor index = torch::stable::to(units, x.device());
+  const Tensor index = sent(units, x.device());
   const auto* from = static_cast<const int64_t*>(index.const_data_ptr());
   const Place place(x);
   const auto run = [&](auto zero) {
