@@ -121,5 +121,5 @@ def test_a_cuda_tensor_without_the_library_is_refused() -> None:
     if _load.cuda_problem() is None:
         pytest.skip("the CUDA library is there")
     on_cuda = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
-    with pytest.raises(BuildError, match="do not take CUDA tensors here: .*CUDA"):
+    with pytest.raises(BuildError, match=r"do not take CUDA tensors here: .*CUDA"):
         torch.ops.adcert.relu.default.redispatch(on_cuda, torch.ones(2), 4)
