@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from .errors import AdcertError
 
-__all__ = ["MODELS", "BasicBlock", "build"]
+__all__ = ["MODELS", "BasicBlock", "Bottleneck", "build"]
 
 VGG11: Final = (32, "M", 64, "M", 128, 128, "M", 256, 256, "M", 256, 256, "M")
 RESNET18: Final = (64, 128, 256, 512)
+RESNET50: Final = ((64, 3), (128, 4), (256, 6), (512, 3))  # channels and blocks of each stage
 
 
 class BasicBlock(nn.Module):
@@ -60,6 +61,45 @@ class BasicBlock(nn.Module):
         return self.relu2(out + self.shortcut(x))  # type: ignore[no-any-return]
 
 
+class Bottleneck(nn.Module):
+    """Residual block `relu(branch(x) + shortcut(x))`, branch = 1x1 conv, BN, ReLU, 3x3 conv, BN, ReLU, 1x1 conv, BN.
+
+    He et al. 2016, form "bottleneck", with the stride in the 3x3 convolution, as in torchvision. Convolutions have no
+    bias.
+
+    Arguments:
+        channels_in: channels of the input, [N, channels_in, H, W].
+        channels: channels of the 3x3 convolution; the output, [N, 4 channels, ceil(H / stride), ceil(W / stride)].
+        stride: of the 3x3 convolution and of the shortcut.
+
+    Example:
+        >>> Bottleneck(4, 8, stride=2)(torch.zeros(1, 4, 6, 6)).shape
+        torch.Size([1, 32, 3, 3])
+    """
+
+    def __init__(self, channels_in: int, channels: int, stride: int = 1) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels_in, channels, 1, bias=False)
+        self.bn1 = nn.BatchNorm2d(channels)
+        self.relu1 = nn.ReLU()
+        self.conv2 = nn.Conv2d(channels, channels, 3, stride, 1, bias=False)
+        self.bn2 = nn.BatchNorm2d(channels)
+        self.relu2 = nn.ReLU()
+        self.conv3 = nn.Conv2d(channels, 4 * channels, 1, bias=False)
+        self.bn3 = nn.BatchNorm2d(4 * channels)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride != 1 or channels_in != 4 * channels:
+            conv = nn.Conv2d(channels_in, 4 * channels, 1, stride, bias=False)
+            self.shortcut = nn.Sequential(conv, nn.BatchNorm2d(4 * channels))
+        self.relu3 = nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.relu1(self.bn1(self.conv1(x)))
+        out = self.relu2(self.bn2(self.conv2(out)))
+        out = self.bn3(self.conv3(out))
+        return self.relu3(out + self.shortcut(x))  # type: ignore[no-any-return]
+
+
 def _resnet18(num_classes: int, channels: int, size: int, normalise: bool) -> nn.Sequential:
     stem: list[nn.Module] = [nn.Conv2d(channels, RESNET18[0], 3, 1, 1, bias=False)]
     stem += [nn.BatchNorm2d(RESNET18[0])] if normalise else []
@@ -71,12 +111,29 @@ def _resnet18(num_classes: int, channels: int, size: int, normalise: bool) -> nn
         blocks.append(BasicBlock(planes, planes, 1, normalise))
         width = planes
     head = nn.Linear(width, num_classes, bias=normalise)
-    for module in nn.ModuleList([*stem, *blocks]).modules():
-        if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+    model = _assembled(stem, blocks, head)
     if not normalise:
         _scale_branches(blocks)
         nn.init.normal_(head.weight, std=1 / math.sqrt(width))
+    return model
+
+
+def _resnet50(num_classes: int, channels: int, size: int) -> nn.Sequential:
+    width = RESNET50[0][0]
+    stem = [nn.Conv2d(channels, width, 7, 2, 3, bias=False), nn.BatchNorm2d(width), nn.ReLU(), nn.MaxPool2d(3, 2, 1)]
+    blocks: list[nn.Module] = []
+    for stage, (planes, count) in enumerate(RESNET50):
+        for block in range(count):
+            blocks.append(Bottleneck(width, planes, 2 if stage and not block else 1))
+            width = 4 * planes
+    return _assembled(stem, blocks, nn.Linear(width, num_classes))
+
+
+def _assembled(stem: list[nn.Module], blocks: list[nn.Module], head: nn.Linear) -> nn.Sequential:
+    """A residual network, its convolutions initialised after He et al."""
+    for module in nn.ModuleList([*stem, *blocks]).modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
     return nn.Sequential(
         OrderedDict[str, nn.Module](
             stem=nn.Sequential(*stem),
@@ -142,6 +199,7 @@ MODELS: Final = MappingProxyType[str, _Builder](
     {
         "resnet18": lambda k, c, s: _resnet18(k, c, s, normalise=True),
         "resnet18-nobias": lambda k, c, s: _resnet18(k, c, s, normalise=False),
+        "resnet50": _resnet50,
         "vgg11": lambda k, c, s: _vgg11(k, c, s, normalise=False),
         "vgg11-bn": lambda k, c, s: _vgg11(k, c, s, normalise=True),
         "fnn-relu": _fnn_relu,
@@ -158,6 +216,8 @@ def build(name: str, num_classes: int, channels: int = 3, size: int = 32, seed: 
     * `resnet18-nobias`: the same without normalisation and without any bias, after those experiments, whose
       convolutions have neither (here the linear layer has no bias either). Initialised so that it trains:
       He, with the last convolution of each residual branch divided by 8.
+    * `resnet50`: He et al. 2016 in the ImageNet form, 7x7/2 stem and four stages of 3, 4, 6 and 3 bottleneck
+      blocks, with the stride in the 3x3 convolutions, as in torchvision; for images of 224 pixels a side.
     * `vgg11`, `vgg11-bn`: Simonyan, Zisserman, "Very Deep Convolutional Networks" (ICLR 2015), configuration
       A with the channels halved and one linear layer, as in the same experiments; He initialisation.
       Convolutions have a bias (under train-mode BatchNorm it has no effect: BatchNorm's beta is the bias).

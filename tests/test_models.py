@@ -7,18 +7,24 @@ import torch
 from torch import nn
 
 from adcert.errors import AdcertError
-from adcert.models import MODELS, BasicBlock, build
+from adcert.models import MODELS, BasicBlock, Bottleneck, build
 
 # weights: 3x3 stem; per stage the 3x3 convolutions and the 1x1 shortcut
 STEM = 27 * 64
 STAGES = 4 * 9 * 64**2 + sum(9 * (c // 2) * c + 3 * 9 * c * c + (c // 2) * c for c in (128, 256, 512))
 # gamma and beta: stem, four per stage-one block pair, five per later stage
 NORMS = 2 * (64 + 4 * 64 + 5 * (128 + 256 + 512))
+# per stage: the first block reads c channels, the others four times its width w; each has 9 w^2 and 4 w^2 more
+RESNET50 = 147 * 64 + 2 * 64 + sum(
+    c * w + 4 * c * w + 2 * 4 * w + (n - 1) * 4 * w * w + n * (13 * w * w + 2 * 6 * w)
+    for c, w, n in ((64, 64, 3), (256, 128, 4), (512, 256, 6), (1024, 512, 3))
+)
 VGG_WIDTHS = ((3, 32), (32, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 256), (256, 256))
 VGG = sum(9 * a * b + b for a, b in VGG_WIDTHS) + 256 * 10 + 10
 PARAMETERS = {
     "resnet18": STEM + STAGES + NORMS + 512 * 10 + 10,
     "resnet18-nobias": STEM + STAGES + 512 * 10,
+    "resnet50": RESNET50 + 2048 * 10 + 10,
     "vgg11": VGG,
     "vgg11-bn": VGG + 2 * sum(b for _, b in VGG_WIDTHS),
     "fnn-relu": 3072 * 256 + 256 + 256 * 64 + 64 + 64 * 10 + 10,
@@ -30,6 +36,10 @@ def test_shape_and_number_of_parameters(name: str) -> None:
     model = build(name, 10)
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
     assert model(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+
+
+def test_resnet50_has_as_many_parameters_as_the_published_one() -> None:
+    assert RESNET50 + 2048 * 1000 + 1000 == 25_557_032
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -47,7 +57,7 @@ def test_no_bias_network_maps_zero_to_zero() -> None:
     assert torch.equal(build("resnet18-nobias", 10)(torch.zeros(1, 3, 32, 32)), torch.zeros(1, 10))
 
 
-@pytest.mark.parametrize("name", ["resnet18", "resnet18-nobias", "vgg11", "vgg11-bn"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet18-nobias", "resnet50", "vgg11", "vgg11-bn"])
 def test_every_pool_follows_its_relu_in_one_sequential(name: str) -> None:
     model = build(name, 10)
     pools = 0
@@ -61,8 +71,9 @@ def test_every_pool_follows_its_relu_in_one_sequential(name: str) -> None:
     assert pools == (1 if name.startswith("resnet") else 5)
 
 
-def test_stem_pool_is_three_by_three_with_stride_two() -> None:
-    (pool,) = (m for m in build("resnet18", 10).modules() if isinstance(m, nn.MaxPool2d))
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_stem_pool_is_three_by_three_with_stride_two(name: str) -> None:
+    (pool,) = (m for m in build(name, 10).modules() if isinstance(m, nn.MaxPool2d))
     assert (pool.kernel_size, pool.stride, pool.padding) == (3, 2, 1)
 
 
@@ -81,6 +92,22 @@ def test_basic_block_by_hand() -> None:
     block.conv2.weight.data = kernel
     x = torch.tensor([[[[1.0, -2.0], [3.0, 0.0]]]])
     assert torch.equal(block(x), torch.tensor([[[[2.0, 0.0], [6.0, 0.0]]]]))
+
+
+def test_bottleneck_by_hand() -> None:
+    """Identity weights in evaluation mode: relu(relu(relu(x)) + x) at every second cell, four times over."""
+    block = Bottleneck(1, 1, stride=2).eval()
+    with torch.no_grad():
+        for parameter in block.parameters():
+            parameter.zero_()
+        for norm in (block.bn1, block.bn2, block.bn3, block.shortcut[1]):
+            norm.weight.fill_((1 + norm.eps) ** 0.5)
+        for conv in (block.conv1, block.conv3, block.shortcut[0]):
+            conv.weight.fill_(1.0)
+        block.conv2.weight[0, 0, 1, 1] = 1.0
+    x = torch.tensor([[[[1.0, 9.0, -2.0], [9.0, 9.0, 9.0], [3.0, 9.0, 0.0]]]])
+    expected = torch.tensor([[2.0, 0.0], [6.0, 0.0]]).expand(1, 4, 2, 2)
+    torch.testing.assert_close(block(x), expected)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -12,7 +12,7 @@ from ._console import console, error_console, print_json
 from ._loop import Job, Outcome, run
 from ._show import Display, show_outcome
 
-ModelName = Literal["resnet18", "resnet18-nobias", "vgg11", "vgg11-bn", "fnn-relu"]
+ModelName = Literal["resnet18", "resnet18-nobias", "resnet50", "vgg11", "vgg11-bn", "fnn-relu"]
 DataName = Literal["photos", "digits"]
 INTERRUPTED = 130
 
