@@ -92,12 +92,12 @@ def find_ties(pooled: Pooled) -> Ties:
         return F.unfold(image, pool.kernel_size, pool.dilation, pool.padding, pool.stride)
 
     cells = unfold(a.reshape(n * c, 1, h, w))  # [planes, K, L]; padding is 0 and never the maximum of a window > 0
-    position = unfold(torch.arange(float(h * w)).reshape(1, 1, h, w))[0].long()  # [K, L]
+    position = unfold(torch.arange(float(h * w), device=a.device).reshape(1, 1, h, w))[0].long()  # [K, L]
     best = cells.amax(1)
     equal = (cells == best.unsqueeze(1)) & (best > 0).unsqueeze(1)
     plane, place = torch.nonzero(equal.sum(1) > 1, as_tuple=True)
     members = equal[plane, :, place]  # [T, K]
-    number = torch.arange(members.shape[1])
+    number = torch.arange(members.shape[1], device=a.device)
     first = torch.where(members, number, len(number)).amin(1)
     owner, cell = torch.nonzero(members & (number != first.unsqueeze(1)), as_tuple=True)
     unit = (plane * h * w).unsqueeze(1) + position[:, place].T  # [T, K]
@@ -162,7 +162,7 @@ def _check(layer: Pooled, graphs: Sequence[Pooled], limit: int | None) -> Checke
         start = time.perf_counter()
         plus, minus = gradient(int(ties.selected[k])), gradient(int(ties.other[k]))
         if not all(map(torch.equal, plus, minus)):  # not in T_j
-            rows.append(torch.cat([(plus[i].double() - minus[i].double()).flatten() for i in own]).numpy())
+            rows.append(torch.cat([(plus[i].double() - minus[i].double()).flatten() for i in own]).cpu().numpy())
             differing.add(int(ties.owner[k]))
         seconds.append(time.perf_counter() - start)
     each = median(seconds) if seconds else 0.0
@@ -220,12 +220,14 @@ def trainer(
     def step(x: Tensor, y: Tensor) -> Step:
         start = time.perf_counter()
         optimizer.zero_grad()
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
             walk = Walk()
             loss = F.cross_entropy(walk.run(model, x), y)
             layers = check(model, x, walk.pooled, limit)
         loss.backward()
         optimizer.step()
+        if x.is_cuda:
+            torch.cuda.synchronize(x.device)
         return Step(time.perf_counter() - start, layers)
 
     return step

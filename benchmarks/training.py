@@ -27,12 +27,16 @@ class Case:
     model: str
     low: bool = False
     inplace: bool = False
+    size: int = 32
+    channels_last: bool = False
 
     def __str__(self) -> str:
         return f"{self.model}-{'bfloat16' if self.low else 'float32'}{'-inplace' if self.inplace else ''}"
 
-    def build(self, classes: int = 10) -> nn.Module:
-        model = models.build(self.model, classes, seed=0)
+    def build(self, classes: int = 10, device: torch.device | str = "cpu") -> nn.Module:
+        model = models.build(self.model, classes, size=self.size, seed=0).to(device)
+        if self.channels_last:
+            model = model.to(memory_format=torch.channels_last)
         for module in model.modules():
             if isinstance(module, nn.ReLU):
                 module.inplace = self.inplace
@@ -63,7 +67,7 @@ def trainer(model: nn.Module, monitor: adcert.Monitor | None, low: bool) -> Run:
     descent = optimizer(model)
 
     def run(x: Tensor, y: Tensor) -> None:
-        with torch.autocast("cpu", torch.bfloat16, enabled=low):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=low):
             loss = nn.functional.cross_entropy(model(x), y)
         loss.backward()  # type: ignore[no-untyped-call]
 
@@ -79,8 +83,9 @@ def trainer(model: nn.Module, monitor: adcert.Monitor | None, low: bool) -> Run:
 class Race:
     """Two copies of one network that see the same batches, one of them under a monitor."""
 
-    def __init__(self, case: Case) -> None:
-        plain = case.build()
+    def __init__(self, case: Case, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        plain = case.build(device=device)
         certified = adcert.convert(copy.deepcopy(plain))
         self.models = plain, certified
         self.monitor = adcert.Monitor(certified)
@@ -94,6 +99,12 @@ class Race:
         """Wait for whatever the monitor has deferred to a worker."""
         self.monitor.flush()
 
+    def now(self) -> float:
+        """The time, once the device has done what was asked of it."""
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
     def pair(self, x: Tensor, y: Tensor) -> float:
         """One step each, in turn first; returns the wall time of all.
 
@@ -101,9 +112,9 @@ class Race:
         """
         began, kinds = time.perf_counter(), list(self.steps)
         for kind in kinds[:: 1 if len(self.seconds["plain"]) % 2 else -1]:
-            start = time.perf_counter()
+            start = self.now()
             self.steps[kind](x, y)
-            self.seconds[kind].append(time.perf_counter() - start)
+            self.seconds[kind].append(self.now() - start)
             self.settle()
         return time.perf_counter() - began
 
@@ -113,13 +124,21 @@ class Race:
         half = (len(batches) + 1) // 2
         for part, kinds in ((batches[:half], ("plain", "certified")), (batches[half:], ("certified", "plain"))):
             for kind in kinds:
-                start = time.perf_counter()
-                for x, y in part:
-                    self.steps[kind](x, y)
-                if kind == "certified":
-                    self.settle()
-                totals[kind] += time.perf_counter() - start
+                totals[kind] += self.together(kind, part)[1]
         return totals
+
+    def together(self, kind: str, batches: Sequence[Batch]) -> tuple[float, float]:
+        """Wall time of consecutive steps of one kind, during which nobody waits for the device.
+
+        Until the device has done them; and until the last verdict is there too.
+        """
+        start = self.now()
+        for x, y in batches:
+            self.steps[kind](x, y)
+        done = self.now()
+        if kind == "certified":
+            self.settle()
+        return done - start, time.perf_counter() - start
 
     def same_weights(self) -> bool:
         """Whether both networks' parameters and buffers are bitwise equal."""
@@ -130,14 +149,11 @@ class Race:
         """Medians of the pairs after the warm-up, and the quartiles of their ratios certified / plain."""
         plain, certified = self.seconds["plain"][warm_up:], self.seconds["certified"][warm_up:]
         ratios = [c / p for c, p in zip(certified, plain, strict=True)]
-        low, middle, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * ratios
         return {
             "pairs": len(ratios),
             "plain_s": round(median(plain), 4),
             "certified_s": round(median(certified), 4),
-            "ratio": round(middle, 3),
-            "ratio_q1": round(low, 3),
-            "ratio_q3": round(high, 3),
+            **spread(ratios),
         }
 
     def verdicts(self) -> dict[str, Any]:
@@ -151,6 +167,16 @@ class Race:
             "ties_per_step": report.ties // max(1, report.steps),
             "tie_rate": round(report.ties / max(1, report.windows), 5),
         }
+
+
+def spread(ratios: Sequence[float], name: str = "ratio") -> dict[str, float]:
+    """The median and the quartiles.
+
+    >>> spread([1.0, 1.1, 1.2, 1.3, 1.4])
+    {'ratio': 1.2, 'ratio_q1': 1.1, 'ratio_q3': 1.3}
+    """
+    low, middle, high = quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else 3 * list(ratios)
+    return {name: round(middle, 3), f"{name}_q1": round(low, 3), f"{name}_q3": round(high, 3)}
 
 
 def affordable(seconds: float, each: float, least: int, most: int) -> int:
