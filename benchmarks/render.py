@@ -2,35 +2,22 @@
 
     python benchmarks/render.py benchmarks/results/cpu.json [--write README.md]
 
-Every figure comes from the file; a benchmark that is not in it has no line.
+Every figure comes from the file; a benchmark that is not in it has no line. What ``gpu.sh`` saved goes between two
+markers of its own, the chief figures of it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+
+import gpu.render
+from markdown_tables import VERDICTS, Row, table, verdicts
 
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-VERDICTS = "certified / uncertified / undecided steps"
-Row = dict[str, Any]
-
-
-def table(header: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    """A Markdown table, or nothing without lines.
-
-    >>> print(table(["a", "b"], [["1", "2"]]))
-    | a | b |
-    |---|---|
-    | 1 | 2 |
-    """
-    lines = list(lines)
-    if not lines:
-        return ""
-    rule = "|" + "---|" * len(header)
-    return "\n".join(["| " + " | ".join(header) + " |", rule, *("| " + " | ".join(line) + " |" for line in lines)])
+GPU = "<!-- gpu:begin -->", "<!-- gpu:end -->"
 
 
 def of(results: Row, file: str, test: str) -> list[Row]:
@@ -53,11 +40,6 @@ def machine(results: Row) -> str:
 
 def case(row: Row) -> list[str]:
     return [row["model"] + (", in-place ReLU" if row["inplace"] else ""), "bfloat16" if row["low"] else "float32"]
-
-
-def verdicts(row: Row) -> str:
-    """``certified / uncertified / undecided`` steps."""
-    return " / ".join(str(row[key]) for key in ("certified", "uncertified", "undecided"))
 
 
 def quartiles(row: Row) -> str:
@@ -201,16 +183,17 @@ def render(results: Row) -> str:
     return "\n\n".join(parts)
 
 
-def rewrite(text: str, rendered: str) -> str:
+def rewrite(text: str, rendered: str, marks: tuple[str, str] = (BEGIN, END)) -> str:
     """``text`` with what stands between the two markers replaced.
 
     >>> rewrite(f"a {BEGIN} old {END} z", "new").split()
     ['a', '<!--', 'benchmarks:begin', '-->', 'new', '<!--', 'benchmarks:end', '-->', 'z']
     """
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"expected {BEGIN} and then {END}, once each")
-    before, rest = text.split(BEGIN)
-    return f"{before}{BEGIN}\n\n{rendered}\n\n{END}{rest.split(END)[1]}"
+    begin, end = marks
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise ValueError(f"expected {begin} and then {end}, once each")
+    before, rest = text.split(begin)
+    return f"{before}{begin}\n\n{rendered}\n\n{end}{rest.split(end)[1]}"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -218,10 +201,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("results", type=Path, help="what `make bench` saved")
     parser.add_argument("--write", type=Path, metavar="FILE", help="rewrite FILE between the markers")
     options = parser.parse_args(arguments)
-    rendered = render(json.loads(options.results.read_text()))
-    print(rendered)
+    results = json.loads(options.results.read_text())
+    of_gpu = "parts" in results
+    print(gpu.render.render(results) if of_gpu else render(results))
     if options.write is not None:
-        options.write.write_text(rewrite(options.write.read_text(), rendered))
+        rendered = gpu.render.render(results, brief=True) if of_gpu else render(results)
+        options.write.write_text(rewrite(options.write.read_text(), rendered, GPU if of_gpu else (BEGIN, END)))
 
 
 if __name__ == "__main__":

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import doctest
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 import render
+from gpu import render as gpu_render
 
 ROOT = Path(__file__).resolve().parent.parent
 PAIRS = {"plain_s": 0.25, "ratio": 1.044, "ratio_q1": 1.0, "ratio_q3": 1.1}
@@ -96,10 +98,25 @@ def test_the_readme_has_the_markers() -> None:
     assert "new" in render.rewrite((ROOT / "README.md").read_text(), "new")
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "benchmarks" / "results").glob("*.json")), ids=lambda path: path.name)
+SAVED = sorted((ROOT / "benchmarks" / "results").glob("*.json"))
+
+
+def named(path: Path) -> str:
+    return path.name
+
+
+@pytest.mark.parametrize("path", [path for path in SAVED if not path.name.startswith("gpu-")], ids=named)
 def test_saved_results_render_and_name_no_machine(path: Path) -> None:
     saved = json.loads(path.read_text())
     assert render.render(saved)
     assert saved["machine_info"].keys() == {"cpu", "cores", "python", "torch", "threads"}
     assert saved["commit_info"].keys() == {"id", "dirty"}
     assert '"data"' not in path.read_text() and '"/' not in path.read_text()
+
+
+@pytest.mark.parametrize("path", [path for path in SAVED if path.name.startswith("gpu-")], ids=named)
+def test_saved_results_of_a_gpu_render_and_name_no_folder(path: Path) -> None:
+    saved = json.loads(path.read_text())
+    assert saved["machine"]["gpu"] != "dry"
+    assert "cannot be shown" not in gpu_render.render(saved)
+    assert not re.search(r"(?<![\w.])/(home|root|tmp|opt|usr|work)/", path.read_text())
