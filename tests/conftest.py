@@ -13,6 +13,8 @@ from hypothesis import HealthCheck, settings
 if TYPE_CHECKING:
     from emulation.device import Device
 
+pytest.register_assert_rewrite("device_networks")
+
 # Networks here are tiny: threads would cost more than they win, and tests may run side by side.
 torch.set_num_threads(1)
 
@@ -20,6 +22,24 @@ SLOW = [HealthCheck.too_slow]
 settings.register_profile("adcert", deadline=None, suppress_health_check=SLOW, derandomize=True)
 settings.register_profile("fuzz", deadline=None, suppress_health_check=SLOW, max_examples=2000)
 settings.load_profile("adcert")
+
+
+@pytest.fixture(params=["cpu", "emulated", "cuda"])
+def place(request: pytest.FixtureRequest) -> Iterator[object]:
+    """A device of each kind (:mod:`places`)."""
+    from places import opened
+
+    with opened(request.param) as found:
+        yield found
+
+
+@pytest.fixture(params=["emulated", "cuda"])
+def gpu(request: pytest.FixtureRequest) -> Iterator[object]:
+    """A GPU, emulated and real."""
+    from places import opened
+
+    with opened(request.param) as found:
+        yield found
 
 
 @pytest.fixture(autouse=True)

@@ -148,12 +148,12 @@ def _copy(device: Device, self: Tensor, src: Tensor, non_blocking: bool = False)
         if not non_blocking:
             device.wait("a copy from the host")
         elif pinned:
-            device.timeline.transfers.append(Transfer(stream, position, None, _alias(source), source.clone()))
+            device.timeline.begin(Transfer(stream, position, None, _alias(source), source.clone()))
         target.copy_(source)
     elif non_blocking and pinned and _dense(self):
         content = source.to(target.dtype).expand(target.shape).clone()
-        device.timeline.transfers.append(Transfer(stream, position, _alias(target), None, content))
         target.fill_(torch.nan if target.is_floating_point() else _garbage(target.dtype))
+        device.timeline.begin(Transfer(stream, position, _alias(target), None, content))
     else:
         device.wait("a copy to the host")
         target.copy_(source)

@@ -111,6 +111,11 @@ class Timeline:
                 for job in done:
                     job.finish()
 
+    def begin(self, transfer: Transfer) -> None:
+        """A copy is under way from now on; another thread may be completing others."""
+        with self._lock:
+            self.transfers.append(transfer)
+
     def close(self) -> None:
         """The end: nothing may be left that was wrong."""
         with self._lock:
