@@ -20,12 +20,15 @@ from .conclusion import LARGE, LayerFindings, Observed, Prints
 from .decisions import decide_record
 from .differences import RowSet
 from .findings import Findings, Scope
+from .gradients import Gradients
 from .layers import Graph, Leaves, Order, Tau, order_layers
+from .lists import Coming
 from .partial import finish, give_up
 from .ranks import rank_leaves
 from .records import Node, OpRecord
 from .systems import System, contradiction, solve
 from .ties import exact_rows
+from .transfer import Batch
 from .watch import Watch
 
 SAMPLE = 4096  # exact rows of one record that are looked at first where there are more in all
@@ -65,57 +68,70 @@ class StepAnalysis:
     def root(self, roots: Sequence[Tensor], inputs: Iterable[Tensor] | Tensor | None, watch: Watch) -> list[OpRecord]:
         """Analyse the graph below ``roots``; ``inputs`` are those of autograd.grad or backward(inputs=...).
 
-        Returns the records of the graph.
+        Returns the records of the graph. On a GPU the device is asked first and waited for once, after everything
+        that needs no answer.
         """
         start = time.perf_counter()
         nodes = [tensor.grad_fn for tensor in roots if tensor.grad_fn is not None]
         again = bool(nodes) and self.roots.issuperset(nodes)  # step.loss(loss), or the same loss once more
         self.roots.update(nodes)
-        if not all(bool(torch.isfinite(tensor.detach()).all()) for tensor in roots):
-            self.failures["the loss is not finite"] = None
+        coming = Coming(watch.recorder, [] if again else roots)
         graph = Graph(nodes, watch.recorder.records, self.leaves)
         records = [graph.record_of[node] for node in graph.nodes if node in graph.record_of]
-        self._audit(graph, inputs, watch)
+        reasons = self._audit(graph, inputs, watch)
+        flags = Batch([flag for _, flag in reasons if flag is not None])
+        lost = again or self.failures or any(flag is None for _, flag in reasons)
+        plan = None if lost else self._plan(graph, records)
+        asked = time.perf_counter()
+        told = iter(flags.wait())
+        if not coming.wait():
+            self.failures["the loss is not finite"] = None
+        if watch.recorder.streams:
+            self.seconds["device"] += time.perf_counter() - asked
+        self.failures.update({reason: None for reason, flag in reasons if flag is None or not bool(next(told))})
         if again:
             return records
         for record in records:
             self._check_record(record)
         middle = time.perf_counter()
-        if not self.failures:
-            self._decide(graph, records)
+        if not self.failures and plan is not None:
+            self._decide(graph, records, plan)
         if not any(record.released for record in records):
-            self.prints.update({record.name: Prints.of(record) for record in records})
+            self.prints.update({record.name: Prints.of(record) for record in records if not record.overflow})
         self.seconds["audit"] += middle - start
         self.seconds["rows"] += time.perf_counter() - middle
         return records
 
-    def _audit(self, graph: Graph, inputs: Iterable[Tensor] | Tensor | None, watch: Watch) -> None:
-        for reason in audit_graph(graph, watch):
-            self.failures[reason] = None
+    def _audit(
+        self, graph: Graph, inputs: Iterable[Tensor] | Tensor | None, watch: Watch
+    ) -> list[tuple[str, Tensor | None]]:
+        """Reasons for failure; one with a flag, on a device, holds only if the flag is false."""
+        reasons = audit_graph(graph, watch)
         for node, message in watch.mixed:
             if node in graph.position:
-                self.failures[f"{message}: autograd does not see this dependence"] = None
-        for problem in watch.problems:
-            self.failures[problem] = None
+                reasons.append((f"{message}: autograd does not see this dependence", None))
+        reasons += [(problem, None) for problem in watch.problems]
         for node in graph.nodes:
             graph.leaf(node)  # names foreign leaves
-        self._check_leaves(watch)
+        changed = self._check_leaves(watch)
+        if changed:
+            reasons.append((changed, None))
         if inputs is not None:
             chosen = {id(t) for t in ([inputs] if isinstance(inputs, Tensor) else inputs)}
             leaves = {id(node.variable) for node in graph.nodes if graph.leaf(node) and hasattr(node, "variable")}
             if chosen != leaves:
-                self.failures["the backward pass was restricted to some inputs: not supported"] = None
+                reasons.append(("the backward pass was restricted to some inputs: not supported", None))
+        return reasons
 
-    def _check_leaves(self, watch: Watch) -> None:
-        """A step is about one w; foreign leaves and gradient hooks are assumptions."""
-        changed = watch.changed_leaf()
-        if changed is not None:
-            self.failures[f"{self.leaves.name(changed)} was modified after its first use in the step"] = None
+    def _check_leaves(self, watch: Watch) -> str:
+        """A step is about one w, or the reason why not; foreign leaves and gradient hooks are assumptions."""
         for name, tensor in self.leaves.trainable().items():
             if not self.leaves.in_model(name):
                 self.assumptions[f"{name}, a leaf outside the model, is an independent variable"] = None
             if tensor._backward_hooks:
                 self.assumptions[f"hooks on {name} may change its gradient afterwards"] = None
+        changed = watch.changed_leaf()
+        return "" if changed is None else f"{self.leaves.name(changed)} was modified after its first use in the step"
 
     def _check_record(self, record: OpRecord) -> None:
         if record.released:
@@ -128,12 +144,17 @@ class StepAnalysis:
             self.failures[f"{record.name}: {nonfinite} NaN or infinite activations"] = None
         if record.altered():
             self.failures[f"{record.name}: its output was modified in place after it was recorded"] = None
+        if record.overflow:
+            self.failures[record.overflow] = None
 
-    def _decide(self, graph: Graph, records: list[OpRecord]) -> None:
+    def _plan(self, graph: Graph, records: list[OpRecord]) -> tuple[dict[OpRecord, Tau], Order]:
+        """What the layers of the step are with this graph, whatever its values."""
+        taus = self.taus | {record: graph.tau(record) for record in records}
+        return taus, order_layers(taus)
+
+    def _decide(self, graph: Graph, records: list[OpRecord], plan: tuple[dict[OpRecord, Tau], Order]) -> None:
         first = not self.taus
-        for record in records:
-            self.taus[record] = graph.tau(record)
-        order = order_layers(self.taus)
+        self.taus, order = plan
         self.order = order if first else None
         ranks = rank_leaves(graph, order, self.strict)
         self.ranks.update(ranks.of)
@@ -211,12 +232,12 @@ class StepAnalysis:
                     self.empty.append((block.columns[0].parameter, block))
                     return
 
-    def observed(self, extra: Sequence[str] = (), assumptions: Iterable[str] = ()) -> Observed:
+    def observed(self, gradients: Gradients | None = None, assumptions: Iterable[str] = ()) -> Observed:
         """All of the step that a certificate needs, without anything of its graph.
 
-        ``extra``: reasons found elsewhere that leave nothing to conclude.
+        ``gradients``: whether they are finite, as far as it is known.
         """
-        failures = [*self.failures, *extra]
+        failures = [*self.failures, *(gradients.problems if gradients else ())]
         if not self.roots and not failures:
             failures.append(
                 "no backward pass was seen in this step: call loss.backward() inside it, or step.loss(loss)"
@@ -241,6 +262,7 @@ class StepAnalysis:
             strict=self.strict,
             assumptions=(*self.assumptions, *assumptions),
             prints=dict(self.prints),
+            gradients=gradients,
             seconds=dict(self.seconds),
         )
 

@@ -9,9 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .layers import ACCUMULATE, Graph, kind_of
+from .normalization import BATCH_NORM
 from .records import Node
 from .watch import Watch
 
@@ -20,23 +22,28 @@ _NAMES = """
     Add Sub Rsub Mul Neg View UnsafeView ReshapeAlias Squeeze Unsqueeze Expand Permute Transpose T Slice
     Select Cat Stack Split SplitWithSizes Unbind ConstantPadNd Clone ToCopy Alias Flip Roll Repeat Narrow
     Diagonal AsStrided Convolution Addmm Mm Bmm Baddbmm Addbmm Mv Dot Linear Mean Sum Exp Expm1 Tanh
-    Sigmoid LogSigmoid Gelu Silu Sin Cos Erf NativeBatchNorm NativeLayerNorm NativeGroupNorm
-    CudnnBatchNorm LogSoftmax Softmax NllLoss NllLoss2D MseLoss BinaryCrossEntropyWithLogits AvgPool2D
-    AvgPool3D AvgPool1D AdaptiveAvgPool2D MkldnnAdaptiveAvgPool2D Index IndexSelect Gather Where
-    MaskedFill NativeDropout UpsampleBilinear2D UpsampleNearest2D PixelShuffle
-    ScaledDotProductFlashAttentionForCpu Logsumexp
+    Sigmoid LogSigmoid Gelu Silu Sin Cos Erf NativeLayerNorm NativeGroupNorm LogSoftmax Softmax NllLoss
+    NllLoss2D MseLoss BinaryCrossEntropyWithLogits AvgPool2D AvgPool3D AvgPool1D AdaptiveAvgPool2D
+    MkldnnAdaptiveAvgPool2D Index IndexSelect Gather Where MaskedFill NativeDropout UpsampleBilinear2D
+    UpsampleNearest2D PixelShuffle ScaledDotProductFlashAttentionForCpu Logsumexp
 """
-ANALYTIC = frozenset(f"{name}Backward" for name in _NAMES.split())
+ANALYTIC = frozenset(f"{name}Backward" for name in _NAMES.split()) | BATCH_NORM.keys()
+
+Answer = bool | Tensor  # of a device: a flag that nobody has waited for yet
 
 
-def _all_positive(value: Any) -> bool:
-    return value is not None and bool((torch.as_tensor(value) > 0).all())
+def _told(flag: Tensor) -> Answer:
+    return flag if flag.is_cuda else bool(flag)
 
 
-def _division_is_smooth(node: Node) -> bool:
+def _all_positive(value: Any) -> Answer:
+    return value is not None and _told((torch.as_tensor(value) > 0).all())
+
+
+def _division_is_smooth(node: Node) -> Answer:
     other = node._saved_other
     rounded = getattr(node, "_saved_rounding_mode", None) is not None
-    return not rounded and (other is None or bool((torch.as_tensor(other) != 0).all()))
+    return not rounded and (other is None or _told((torch.as_tensor(other) != 0).all()))
 
 
 def _embedding_is_plain(node: Node) -> bool:
@@ -44,7 +51,7 @@ def _embedding_is_plain(node: Node) -> bool:
     return int(node._saved_padding_idx) in (-1, (1 << 64) - 1) and not node._saved_scale_grad_by_freq
 
 
-def _pow_is_smooth(node: Node) -> bool:
+def _pow_is_smooth(node: Node) -> Answer:
     exponent = node._saved_exponent
     if isinstance(exponent, (int, float)) and exponent >= 0 and float(exponent).is_integer():
         return True
@@ -52,20 +59,23 @@ def _pow_is_smooth(node: Node) -> bool:
 
 
 # Nodes that are analytic away from a singular point; the saved values must keep away from it.
-GUARDED: dict[str, Callable[[Node], bool]] = {
+GUARDED: dict[str, Callable[[Node], Answer]] = {
     "DivBackward": _division_is_smooth,
     "EmbeddingBackward": _embedding_is_plain,
     "SqrtBackward": lambda node: _all_positive(node._saved_result),
     "RsqrtBackward": lambda node: _all_positive(node._saved_result),
     "LogBackward": lambda node: _all_positive(node._saved_self),
     "PowBackward": _pow_is_smooth,
-    "ReciprocalBackward": lambda node: bool(torch.isfinite(node._saved_result).all()),
+    "ReciprocalBackward": lambda node: _told(torch.isfinite(node._saved_result).all()),
 }
 
 
-def audit_graph(graph: Graph, watch: Watch) -> list[str]:
-    """Reasons why some node of the graph is not covered: one line each, naming operation and call."""
-    reasons: dict[str, None] = {}
+def audit_graph(graph: Graph, watch: Watch) -> list[tuple[str, Tensor | None]]:
+    """Reasons why some node of the graph is not covered: one line each, naming operation and call.
+
+    A reason with a flag, on a device, holds only if the flag is false.
+    """
+    reasons: list[tuple[str, Tensor | None]] = []
     for node in graph.nodes:
         if node in graph.record_of or node.name() == ACCUMULATE:
             continue
@@ -73,15 +83,16 @@ def audit_graph(graph: Graph, watch: Watch) -> list[str]:
         where = watch.origin(node)
         custom = isinstance(node, FunctionCtx)  # a user's autograd.Function may bear any name
         if kind in GUARDED and not custom:
-            if not GUARDED[kind](node):
-                reasons[
-                    f"{node.name()}{where} at a point, or in a mode, where its derivative is not the function's"
-                ] = None
+            smooth = GUARDED[kind](node)
+            if isinstance(smooth, Tensor) or not smooth:
+                text = f"{node.name()}{where} at a point, or in a mode, where its derivative is not the function's"
+                reasons.append((text, smooth if isinstance(smooth, Tensor) else None))
         elif kind not in ANALYTIC or custom:
-            reasons[f"{node.name()}{where} is not recorded: adcert does not know where it is smooth"] = None
+            reasons.append((f"{node.name()}{where} is not recorded: adcert does not know where it is smooth", None))
         if node not in watch.made:
-            reasons[
+            text = (
                 f"{node.name()} was made out of adcert's sight (before the step, in another thread, by TorchScript, "
                 "torch.compile or a custom Function)"
-            ] = None
-    return list(reasons)
+            )
+            reasons.append((text, None))
+    return reasons

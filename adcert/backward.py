@@ -20,6 +20,7 @@ import torch
 from .balls import Ball
 from .differences import Differences
 from .layers import Graph, kind_of, shape_of
+from .normalization import BATCH_NORM
 from .records import Node
 from .slices import Slices, concatenate, padded, seeds, through_record
 from .vjp import RULES, Unsupported
@@ -79,7 +80,7 @@ def _bytes_per_row(graph: Graph, edge: tuple[Node, int]) -> int:
 
 
 def _couples(node: Node) -> bool:
-    return kind_of(node) == "NativeBatchNormBackward" and bool(node._saved_training)
+    return kind_of(node) in BATCH_NORM and bool(node._saved_training)
 
 
 class Pass:

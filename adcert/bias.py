@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .differences import broadcast_index
 from .layers import Graph, kind_of, shape_of
+from .normalization import BATCH_NORM
 from .records import Node, OpRecord
 from .rows import SAME_UNITS
 
@@ -86,7 +87,7 @@ def _search(graph: Graph, edge: tuple[Node, int], units: _Map, own: frozenset[st
     if kind == "AddBackward" and node._saved_alpha == 1:
         return _search_sum(graph, edge, units, own)
     shape = shape_of(*edge)
-    slot = {"ConvolutionBackward": 2, "NativeBatchNormBackward": 2, "AddmmBackward": 0}.get(kind)
+    slot = {"ConvolutionBackward": 2, "AddmmBackward": 0, **dict.fromkeys(BATCH_NORM, 2)}.get(kind)
     if slot is None or (kind == "AddmmBackward" and (node._saved_alpha != 1 or node._saved_beta != 1)):
         return None
     leaf = graph.leaf(node.next_functions[slot][0])

@@ -13,6 +13,7 @@ import torch
 from .certificate import Block, Certificate, LayerReport, Verdict
 from .differences import RowSet
 from .findings import Findings
+from .gradients import Gradients
 from .records import OpRecord
 from .systems import Memory, Solved, System, count_blocks, solve
 
@@ -68,7 +69,8 @@ class Observed:
 
     ``failures``: of the audit, nothing can be concluded; ``doubts``: single decisions that are open. ``ranks``: of the
     leaves that belong to a layer. ``empty``: blocks that are proved empty already, with a leaf of each; ``unlisted``:
-    rows that were left out of ``rowsets`` because of that.
+    rows that were left out of ``rowsets`` because of that. Of ``rowsets`` and ``gradients`` some values may still be on
+    their way from a device.
     """
 
     failures: list[str]
@@ -82,6 +84,7 @@ class Observed:
     strict: bool
     assumptions: tuple[str, ...]
     prints: dict[str, Prints]
+    gradients: Gradients | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -107,11 +110,11 @@ def conclude(step: Observed, memory: Memory | None = None) -> Certificate:
     """
     start = time.perf_counter()
     failures, solved = list(step.failures), {}
-    if not failures:
-        try:
-            solved = _solved(step, memory)
-        except Exception as error:
-            failures.append(f"the systems could not be decided: {type(error).__name__}: {error}")
+    try:
+        failures += step.gradients.late() if step.gradients else []
+        solved = {} if failures else _solved(step, memory)
+    except Exception as error:
+        failures.append(f"the systems could not be decided: {type(error).__name__}: {error}")
     blocks = [block for system in solved.values() for block in system.blocks]
     left = step.unlisted + sum(system.count - len(system.blocks) for system in solved.values())
     if left and not failures and not any(block.proof is not None for block in blocks):
@@ -137,7 +140,7 @@ def conclude(step: Observed, memory: Memory | None = None) -> Certificate:
 
 def failed(step: Observed, reason: str) -> Certificate:
     """The certificate of a step whose conclusion was lost: UNDECIDED, for this reason."""
-    return conclude(replace(step, failures=[*step.failures, reason], rowsets=[], prints={}, empty=[]))
+    return conclude(replace(step, failures=[*step.failures, reason], rowsets=[], prints={}, empty=[], gradients=None))
 
 
 def _solved(step: Observed, memory: Memory | None) -> dict[tuple[str, int], Solved]:

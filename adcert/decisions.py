@@ -18,11 +18,12 @@ from .differences import Differences, Expansion, Part, RowSet, groups_of, unit_p
 from .equality import base_of, follow_to, maximisers, prove_expansion_zero, tied_pairs
 from .findings import Findings, Pending, Scope
 from .layers import Graph
-from .records import OpRecord, Ties, take
+from .records import OpRecord, Ties
 from .relevance import rectified, relevant_inputs, relevant_outputs
 from .rows import expand
 from .stages import stages_above
 from .ties import resolve
+from .transfer import take
 
 
 def decide_record(scope: Scope, record: OpRecord) -> Findings:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .records import OpRecord
+from .transfer import Arrival
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,7 +52,8 @@ class RowSet:
     """``count`` rows of one rule whose entries, in leaves of one rank, are spread over ``parts``.
 
     ``op``: name of the record they belong to. ``below``: leaves in which these rows may be nonzero too; they must
-    rank lower, which is checked again at the end of the step. A row without any part is a zero row.
+    rank lower, which is checked again at the end of the step. A row without any part is a zero row. ``arrival``: of
+    the parts' ``plus`` and ``minus`` where they come from a device; a :class:`adcert.systems.System` waits for it.
     """
 
     op: str
@@ -59,6 +61,7 @@ class RowSet:
     count: int
     parts: tuple[Part, ...]
     below: frozenset[str] = frozenset()
+    arrival: Arrival | None = None
 
 
 @dataclass(frozen=True, eq=False)

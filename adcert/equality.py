@@ -15,8 +15,9 @@ from torch import Tensor
 
 from .differences import Differences, Expansion
 from .layers import Graph
-from .records import OpRecord, Ties, take
+from .records import OpRecord, Ties
 from .rows import expand
+from .transfer import take
 
 
 def selected_inputs(record: OpRecord, units: Tensor) -> Tensor:

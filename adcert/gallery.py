@@ -219,7 +219,12 @@ def _swapped(*signs: float) -> Callable[[nn.Module], Tensor]:
     images = torch.tensor([[1, 2, 2, 1], [2, 1, 1, 2]], dtype=torch.float64).view(2, 1, 1, 4)
     chosen = [k for k, sign in enumerate(signs) if sign]
     weights = torch.tensor([signs[k] for k in chosen], dtype=torch.float64)
-    return lambda network: weights @ torch.flatten(network(images[chosen]))
+
+    def loss(network: nn.Module) -> Tensor:
+        device = next(network.parameters()).device
+        return weights.to(device) @ torch.flatten(network(images[chosen].to(device)))
+
+    return loss
 
 
 TWO: Final = ("relu", "relu")

@@ -21,6 +21,8 @@ from .analysis import StepAnalysis
 from .certificate import Certificate, Verdict
 from .conclusion import Observed, conclude, failed
 from .errors import AdcertError, UncertifiedError
+from .gradients import Gradients, examine
+from .lists import Rooms
 from .records import Recorder
 from .systems import Memory
 from .watch import Watch
@@ -36,10 +38,10 @@ class Step:
     They are made on the monitor's worker thread; asking for them waits for it.
     """
 
-    def __init__(self, number: int, model: torch.nn.Module, names: dict[int, str], strict: bool) -> None:
+    def __init__(self, number: int, model: torch.nn.Module, names: dict[int, str], strict: bool, rooms: Rooms) -> None:
         self.number = number
         self._analysis: StepAnalysis | None = StepAnalysis(model, strict)
-        self._recorder = Recorder(names)
+        self._recorder = Recorder(names, rooms)
         self._watch: Watch | None = Watch(self._recorder, self._on_root)
         self._began = time.perf_counter()
         self._wait: Callable[[Callable[[], bool]], None] | None = None
@@ -100,7 +102,9 @@ class Step:
         assert analysis is not None and watch is not None
         start = time.perf_counter()
         try:
-            observed = analysis.observed(_gradient_problems(analysis), watch.assumptions)
+            with torch.no_grad(), torch._C.DisableTorchFunction():
+                gradients = _gradient_problems(analysis, self._recorder)
+                observed = analysis.observed(gradients, watch.assumptions)
         except Exception as error:  # the user's training goes on; the step is undecided, loudly
             observed = Observed.nothing(f"the analysis failed with {type(error).__name__}: {error}", analysis.strict)
         now = time.perf_counter()
@@ -122,19 +126,15 @@ class Step:
         self._analysis = self._watch = None
 
 
-def _gradient_problems(analysis: StepAnalysis) -> list[str]:
-    for name, tensor in analysis.leaves.trainable().items():
-        grad = tensor.grad  # the sum first: it reads the gradient once and seldom overflows
-        if grad is not None and not bool(torch.isfinite(grad.sum())) and not bool(torch.isfinite(grad).all()):
-            return [f"the gradient of {name} is not finite"]
-    return []
+def _gradient_problems(analysis: StepAnalysis, recorder: Recorder) -> Gradients:
+    return examine(analysis.leaves.trainable().items(), recorder.streams)
 
 
 def summarize(number: int, certificate: Certificate) -> dict[str, Any]:
     """One line of the log: the verdict, totals, and the same per layer.
 
-    ``seconds``: analysis = audit + rows on the training thread; of rows, ``partial`` went into the partial backward
-    engine; ``solve`` on the worker.
+    ``seconds``: analysis = audit + rows on the training thread; of audit, ``device`` went by until a GPU had finished
+    the forward pass; of rows, ``partial`` went into the partial backward engine; ``solve`` on the worker.
     """
     counts = ("windows", "ties", "touches", "differing", "rows", "blocks", "exemptions")
     layers = [{"name": layer.name, **{key: getattr(layer, key) for key in counts}} for layer in certificate.layers]
@@ -231,6 +231,7 @@ class Monitor:
         self._reasons: Counter[str] = Counter()
         self._layers: dict[str, Counter[str]] = {}
         self._memory = Memory()
+        self._rooms = Rooms()
         self._desk: Desk[tuple[Step, Observed]] = Desk(self._conclude, self._lost, Bounds(queue, _QUEUE_BYTES))
 
     def __enter__(self) -> Monitor:
@@ -275,13 +276,15 @@ class Monitor:
         """Monitor one step: everything the model computes in the block, and every backward pass of it.
 
         Raises:
-            AdcertError: if a step is already running on this thread.
+            AdcertError: if a step is already running on this thread, or a CUDA graph is being captured.
             UncertifiedError: with ``on_fail="raise"``, if the step is not certified.
         """
         if records.active() is not None:
             raise AdcertError("a monitored step is already running on this thread: steps do not nest")
+        if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
+            raise AdcertError("a CUDA graph is being captured: its replays would run no analysis")
         names = {id(module): name for name, module in self.model.named_modules()}
-        step = Step(self._totals["steps"] + 1, self.model, names, self.strict)
+        step = Step(self._totals["steps"] + 1, self.model, names, self.strict, self._rooms)
         self._totals["steps"] += 1
         try:
             with step._running():
@@ -301,7 +304,9 @@ class Monitor:
 
     def _conclude(self, job: tuple[Step, Observed]) -> None:
         step, observed = job
-        self._account(step, conclude(observed, self._memory))
+        with torch._C.DisableTorchFunction():  # a mode of the user's thread, a default device say, is not for us
+            certificate = conclude(observed, self._memory)
+        self._account(step, certificate)
 
     def _lost(self, job: tuple[Step, Observed], reason: str) -> None:
         step, observed = job

@@ -10,7 +10,17 @@ from torch import Tensor
 
 from . import balls
 from .balls import Ball
+from .layers import kind_of
 from .records import Node
+from .transfer import host, pick
+
+#: Batch normalisation's nodes, and where each keeps its eps: cuDNN's has other names for the same mathematics.
+BATCH_NORM = {"NativeBatchNormBackward": "_saved_eps", "CudnnBatchNormBackward": "_saved_epsilon"}
+
+
+def eps_of(node: Node) -> float:
+    """The eps of a batch normalisation."""
+    return float(getattr(node, BATCH_NORM[kind_of(node)]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,13 +38,13 @@ class Statistics:
 
 
 def statistics(node: Node, channels: Tensor | None = None) -> Statistics:
-    """Mean and scale of a ``NativeBatchNormBackward`` node: of the batch in train mode, the running ones else.
+    """Mean and scale of a batch normalisation's node: of the batch in train mode, the running ones else.
 
     The batch's are functions of x, so they are recomputed from the saved x (the float32 ones the kernel saved are
     roundings); the radii bound the float64 rounding. ``channels``: int64 [U], only these.
     """
-    x = node._saved_input.detach()
-    x = (x if channels is None else x[:, channels]).to(torch.float64)
+    x = host(node._saved_input) if channels is None else pick(node._saved_input, channels, 1)
+    x = x.to(torch.float64)
     dims = (0, *range(2, x.dim()))
     count = math.prod(x.shape[d] for d in dims)
 
@@ -46,9 +56,9 @@ def statistics(node: Node, channels: Tensor | None = None) -> Statistics:
         centred = Ball(x) - mean
         variance = _divided((centred * centred).sum(dims, keepdim=True), count)
     else:
-        centred = Ball(x) - Ball(wide(node._saved_running_mean.detach().to(torch.float64)))
-        variance = Ball(wide(node._saved_running_var.detach().to(torch.float64)))
-    scale = _inverse_root(variance + Ball(torch.full((), float(node._saved_eps), dtype=torch.float64)))
+        centred = Ball(x) - Ball(wide(host(node._saved_running_mean).to(torch.float64)))
+        variance = Ball(wide(host(node._saved_running_var).to(torch.float64)))
+    scale = _inverse_root(variance + Ball(torch.full((), eps_of(node), dtype=torch.float64)))
     return Statistics(x, scale, centred * scale, count)
 
 

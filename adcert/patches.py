@@ -16,7 +16,8 @@ from torch import Tensor
 
 from .differences import Boundary, Differences, Part, unique_pairs
 from .layers import kind_of, shape_of
-from .records import Node, take
+from .records import Node
+from .transfer import take
 
 if TYPE_CHECKING:
     from .rows import Walk

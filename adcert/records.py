@@ -1,4 +1,4 @@
-"""What a forward pass saw: touches and ties, as structs of tensors on the device they came from.
+"""What a forward pass saw: touches and ties, as structs of tensors.
 
 A :class:`Recorder` is active on one thread while a step runs. The modules of :mod:`adcert.nn` and the function
 mode of :mod:`adcert.audit` hand their inputs to it; it runs the recording kernels of :mod:`adcert.ops` and keeps
@@ -8,8 +8,9 @@ one :class:`OpRecord` for each call. Outside a step nothing is active and nothin
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -18,14 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import ops
-
-
-def take(t: Tensor, index: Tensor) -> Tensor:
-    """Entries of ``t`` at flat indices in logical row-major order, in any memory format and without a copy of ``t``."""
-    if t.is_contiguous():
-        return t.view(-1)[index]
-    return t[torch.unravel_index(index, tuple(t.shape))]
-
+from .lists import Rooms
 
 Node = Any  # torch.autograd.graph.Node; C++ nodes are not instances of the Python class
 
@@ -39,6 +33,11 @@ class Window:
     padding: tuple[int, int]
     dilation: tuple[int, int]
 
+    def most(self, shape: Sequence[int]) -> int:
+        """An upper bound of the windows, and of the input units, for an input of this shape."""
+        *planes, height, width = shape
+        return math.prod(planes) * (height + 2 * self.padding[0]) * (width + 2 * self.padding[1])
+
 
 @dataclass(frozen=True, eq=False)
 class Ties:
@@ -46,7 +45,7 @@ class Ties:
 
     ``windows``: int64 [T], flat output indices (logical row-major) of windows with two or more maximisers.
     ``members``: int64 [T, W], bit ``kh * KW + kw`` is set iff that cell attains the maximum.
-    ``offsets``: in-window offset of the member AD selects, for every output.
+    ``offsets``: in-window offset of the member AD selects, for every output; on the device of the output.
     """
 
     windows: Tensor
@@ -69,6 +68,10 @@ class OpRecord:
     ``node`` is the autograd node of the output; its first input edge leads to y. ``touches``: int64 [M], flat
     indices of y with ``y == 0``. ``output`` shares its memory with z, at version ``version``, or with relu(z) if a
     recorded ReLU has overwritten it: only its sign may be read. It is let go when the last backward pass starts.
+
+    ``listed``: the lists and ``counts`` are on the host, whole and ascending. On a GPU they are not until
+    :class:`adcert.lists.Coming` has brought them; ``room``: how many entries each has room for there, None if it is
+    as long as what was found. ``overflow``: why the lists are missing, or "".
     """
 
     name: str
@@ -80,7 +83,10 @@ class OpRecord:
     output: Tensor
     version: int
     input_shape: tuple[int, ...]
+    room: int | None = None
+    listed: bool = True
     released: bool = False
+    overflow: str = ""
 
     @property
     def edge(self) -> tuple[Node, int]:
@@ -109,16 +115,22 @@ class Witness(Protocol):
 
 
 class Recorder:
-    """Collects the records of one step. Not thread-safe: one recorder belongs to one thread."""
+    """Collects the records of one step. Not thread-safe: one recorder belongs to one thread.
 
-    def __init__(self, names: dict[int, str] | None = None) -> None:
+    ``rooms``: of lists on a GPU; new ones ask for exact lists. ``streams``: where recorded operations ran on a GPU.
+    """
+
+    def __init__(self, names: dict[int, str] | None = None, rooms: Rooms | None = None) -> None:
         self.witness: Witness | None = None
         self.records: list[OpRecord] = []
+        self.rooms = Rooms() if rooms is None else rooms
+        self.streams: dict[torch.cuda.Stream, None] = {}
         self._names = names or {}
         self._uses: dict[str, int] = {}
 
     def clear(self) -> None:
         self.records.clear()
+        self.streams.clear()
         self._uses.clear()
 
     def name_of(self, module: object, default: str) -> str:
@@ -128,10 +140,12 @@ class Recorder:
     def relu(self, x: Tensor, name: str, *, inplace: bool = False) -> Tensor:
         """``torch.relu`` (in place if asked), recording the units that touch the kink at 0."""
         with torch._C.DisableTorchFunction():
-            if _differentiable(x):
+            if _recordable(x):
                 self._read(x, name)
-                output, touches, counts = self._relu_in_place(x) if inplace else ops.relu(x)
-                self._add(name, output, tuple(x.shape), True, None, touches, counts)
+                name = self._unique(name)
+                room = self.rooms.of(name, x.numel()) if x.is_cuda else None
+                output, touches, counts = self._relu_in_place(x, room) if inplace else ops.relu(x, room)
+                self._add(name, output, tuple(x.shape), True, None, touches, counts, room)
                 return output
         return F.relu(x, inplace=inplace)
 
@@ -139,11 +153,13 @@ class Recorder:
         """``max_pool2d`` of ``x``, or of ``relu(x)``, recording touches and ties in the same pass."""
         geometry = window.kernel, window.stride, window.padding, window.dilation
         with torch._C.DisableTorchFunction():
-            if _differentiable(x):
+            if _recordable(x):
                 self._read(x, name)
-                result = ops.max_pool2d(x, *geometry, ceil_mode, relu=relu)
+                name = self._unique(name)
+                room = self.rooms.of(name, window.most(x.shape)) if x.is_cuda else None
+                result = ops.max_pool2d(x, *geometry, ceil_mode, relu=relu, capacity=room)
                 ties = Ties(result.windows, result.members, result.offsets, window)
-                self._add(name, result.output, tuple(x.shape), relu, ties, result.touches, result.counts)
+                self._add(name, result.output, tuple(x.shape), relu, ties, result.touches, result.counts, room)
                 return result.output
         a = F.relu(x) if relu else x
         output: Tensor = F.max_pool2d(a, *geometry, ceil_mode)
@@ -153,13 +169,21 @@ class Recorder:
         if self.witness is not None:
             self.witness.reads(x, name)
 
-    def _relu_in_place(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def ran_on(self, device: torch.device) -> None:
+        """Something of the step was enqueued on the current stream of a GPU."""
+        self.streams[torch.cuda.current_stream(device)] = None
+
+    def _unique(self, name: str) -> str:
+        uses = self._uses[name] = self._uses.get(name, 0) + 1
+        return name if uses == 1 else f"{name}#{uses}"
+
+    def _relu_in_place(self, x: Tensor, room: int | None) -> tuple[Tensor, Tensor, Tensor]:
         """Read the touches, then overwrite ``x``: no second activation is held.
 
         Where ``x`` is the output of a recorded operation, that record reads nothing of it but the sign, which stays.
         """
         before = [record for record in self.records if record.node is x.grad_fn and not record.altered()]
-        seen = ops.touches(x)
+        seen = ops.touches(x, capacity=room)
         output = torch.relu_(x)
         for record in before:
             record.version = output._version
@@ -176,17 +200,27 @@ class Recorder:
         ties: Ties | None,
         touches: Tensor,
         counts: Tensor,
+        room: int | None,
     ) -> None:
         """Keep what was seen; the caller has switched the function mode off."""
-        uses = self._uses[name] = self._uses.get(name, 0) + 1
-        unique = name if uses == 1 else f"{name}#{uses}"
-        kept = output.detach()
-        record = OpRecord(unique, output.grad_fn, relu, ties, touches, counts, kept, output._version, shape)
+        kept, version = output.detach(), output._version
+        record = OpRecord(
+            name, output.grad_fn, relu, ties, touches, counts, kept, version, shape, room, not output.is_cuda
+        )
         self.records.append(record)
+        if output.is_cuda:
+            self.ran_on(output.device)
 
 
-def _differentiable(x: Tensor) -> bool:
-    return x.requires_grad and torch.is_grad_enabled() and x.is_floating_point()
+def _recordable(x: Tensor) -> bool:
+    """Differentiable, and not part of what a checkpoint will run again in backward.
+
+    On a GPU that happens on autograd's own thread, where no recorder is active and torch's operators save other
+    tensors than ours.
+    """
+    if not (x.requires_grad and torch.is_grad_enabled() and x.is_floating_point()):
+        return False
+    return not x.is_cuda or torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
 _state = threading.local()

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from .layers import Graph
-from .records import OpRecord, take
+from .records import OpRecord
+from .transfer import take
 
 
 def relevant_outputs(graph: Graph, record: OpRecord, units: Tensor) -> Tensor:

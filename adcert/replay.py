@@ -19,6 +19,7 @@ from . import records
 from .conclusion import Prints
 from .errors import AdcertError
 from .layers import Graph, Leaves
+from .lists import Coming
 from .records import Recorder
 from .watch import Watch
 
@@ -74,22 +75,30 @@ def replay(certificate: Certificate, closure: Callable[[], Tensor], model: torch
         raise AdcertError(f"the certificate speaks of {unknown[0]}, which is no parameter of this model in that shape")
     if certificate.claim == "":
         return Replay(False, f"not replayable: the step is {certificate.verdict.value}, there is no witness")
+    devices = sorted({p.device.index for p in (*model.parameters(), *model.buffers()) if p.is_cuda})
     with _float64(model):
-        if _prints(closure, model) != certificate.fingerprints:
+        if _prints(closure, model, devices) != certificate.fingerprints:
             return Replay(
                 False, "not replayable: the float64 evaluation does not reproduce the recorded ties and touches"
             )
-        return _along(certificate, closure, {name: parameters[name] for name in certificate.shapes}, seed)
+        return _along(certificate, closure, {name: parameters[name] for name in certificate.shapes}, devices, seed)
 
 
-def _along(certificate: Certificate, closure: Callable[[], Tensor], parameters: dict[str, Tensor], seed: int) -> Replay:
+def _along(
+    certificate: Certificate,
+    closure: Callable[[], Tensor],
+    parameters: dict[str, Tensor],
+    devices: list[int],
+    seed: int,
+) -> Replay:
     centre = {name: tensor.detach().clone() for name, tensor in parameters.items()}
-    target = _gradient(closure, parameters)
-    directions = certificate.directions
+    target = _gradient(closure, parameters, devices)
+    directions = {name: p.to(centre[name].device) for name, p in certificate.directions.items()}
     used = sorted({certificate.scales[name] for name, p in directions.items() if bool(p.any())})
     ranks = len(used)
     generator = torch.Generator().manual_seed(seed)
-    noise = {name: torch.randn(p.shape, generator=generator, dtype=torch.float64) for name, p in centre.items()}
+    options: Any = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+    noise = {name: torch.randn(p.shape, **options).to(p.device) for name, p in centre.items()}
     smallest = min(0.05, _SMALLEST ** (1.0 / (2 * ranks + 1)))
     scales = torch.logspace(-0.5, float(torch.log10(torch.tensor(smallest))), _POINTS, dtype=torch.float64).tolist()
     distances = []
@@ -101,26 +110,28 @@ def _along(certificate: Certificate, closure: Callable[[], Tensor], parameters: 
                 if bool(directions[name].any()):
                     step = step + directions[name] * s ** (ranks - 1 - used.index(certificate.scales[name]))
                 tensor.copy_(centre[name] + t * step)
-        distances.append(float(torch.linalg.vector_norm(_gradient(closure, parameters) - target)))
+        distances.append(float(torch.linalg.vector_norm(_gradient(closure, parameters, devices) - target)))
     return Replay(True, "", tuple(scales), tuple(distances), float(torch.linalg.vector_norm(target)))
 
 
-def _gradient(closure: Callable[[], Tensor], parameters: dict[str, Tensor]) -> Tensor:
-    """The flat gradient of the loss, from the random state the replay began with."""
+def _gradient(closure: Callable[[], Tensor], parameters: dict[str, Tensor], devices: list[int]) -> Tensor:
+    """The flat gradient of the loss on the host, from the random state the replay began with."""
     for tensor in parameters.values():
         tensor.grad = None
-    with torch.random.fork_rng(devices=[]), _Double():
+    with torch.random.fork_rng(devices, device_type="cuda"), _Double():
         closure().backward()  # type: ignore[no-untyped-call]
     parts = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters.values()]
-    return torch.cat([part.reshape(-1).to(torch.float64) for part in parts] or [torch.zeros(0, dtype=torch.float64)])
+    flat = [part.reshape(-1).to("cpu", torch.float64) for part in parts]
+    return torch.cat(flat or [torch.zeros(0, dtype=torch.float64, device="cpu")])
 
 
-def _prints(closure: Callable[[], Tensor], model: torch.nn.Module) -> dict[str, str]:
+def _prints(closure: Callable[[], Tensor], model: torch.nn.Module, devices: list[int]) -> dict[str, str]:
     """Fingerprints of the float64 evaluation at w."""
     recorder = Recorder({id(module): name for name, module in model.named_modules()})
     watch = Watch(recorder, lambda roots, inputs, keep: None)
-    with torch.random.fork_rng(devices=[]), records.recording(recorder), watch, _Double():
+    with torch.random.fork_rng(devices, device_type="cuda"), records.recording(recorder), watch, _Double():
         loss = closure()
+    Coming(recorder).wait()
     graph = Graph([loss.grad_fn], recorder.records, Leaves(model))
     return {record.name: Prints.of(record).digest() for record in recorder.records if record.node in graph.position}
 

@@ -20,7 +20,9 @@ from torch import Tensor
 from . import patches
 from .differences import Boundary, Differences, Expansion, Part, broadcast_index, unit_parts
 from .layers import Graph, kind_of, shape_of
-from .records import Node, take
+from .normalization import BATCH_NORM
+from .records import Node
+from .transfer import take, through
 
 # Data movement: every output is at most one input.
 MOVES = frozenset(
@@ -151,10 +153,7 @@ def _move(walk: Walk, node: Node, number: int, d: Differences, owner: Tensor, sc
     """Data movement: every output is at most one input. The node itself, fed with output numbers, tells which."""
     shape = shape_of(node, number)
     marks = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64).reshape(shape)
-    inputs = node(marks)
-    for edge, marked in zip(
-        node.next_functions, inputs if isinstance(inputs, (tuple, list)) else (inputs,), strict=False
-    ):
+    for edge, marked in zip(node.next_functions, through(node, number, marks), strict=False):
         if edge[0] is None or marked is None:
             continue
         flat = marked.reshape(-1)
@@ -169,7 +168,7 @@ def _move(walk: Walk, node: Node, number: int, d: Differences, owner: Tensor, sc
 
 def _batch_norm(walk: Walk, node: Node, number: int, d: Differences, owner: Tensor, scaled: bool) -> bool:
     """Equal inputs in one channel: the mean and variance terms cancel, gamma / sigma times the difference is left."""
-    x = node._saved_input
+    x = node._saved_input.detach()
     shape = shape_of(node, number)
     inner = math.prod(shape[2:])
     channel = [index.clamp(min=0) // inner % shape[1] for index in (d.plus, d.minus)]
@@ -178,7 +177,7 @@ def _batch_norm(walk: Walk, node: Node, number: int, d: Differences, owner: Tens
     walk.result.hard[owner[~easy]] = True
     d, owner, channel0 = d.select(easy), owner[easy], channel[0][easy]
     weight = node._saved_weight
-    gamma = torch.ones(len(d)) if weight is None else weight.detach()[channel0]
+    gamma = torch.ones(len(d)) if weight is None else take(weight.detach(), channel0)
     walk.push(node.next_functions[0], d.select(gamma > 0), owner[gamma > 0], True)
     walk.push(node.next_functions[0], d.swapped().select(gamma < 0), owner[gamma < 0], True)
     return bool(torch.isfinite(gamma).all())
@@ -191,7 +190,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(MOVES, _move),
     "NegBackward": _neg,
     "ExpandBackward": _expand_view,
-    "NativeBatchNormBackward": _batch_norm,
+    **dict.fromkeys(BATCH_NORM, _batch_norm),
     "ConvolutionBackward": patches.convolution,
     "AddmmBackward": patches.linear,
     "MmBackward": patches.linear,

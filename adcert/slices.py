@@ -13,6 +13,7 @@ from .balls import Ball
 from .differences import Differences
 from .equality import cell_inputs
 from .records import OpRecord
+from .transfer import pick
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,7 +83,7 @@ def seeds(differences: Differences, shape: tuple[int, ...]) -> Slices:
 
 
 def _rows(t: Tensor, sample: Tensor) -> Tensor:
-    return (t if t.dim() else t.reshape(1))[sample]
+    return pick(t if t.dim() else t.reshape(1), sample)
 
 
 def through_record(record: OpRecord, g: Slices) -> Slices:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from . import ops
 from .layers import Graph, kind_of, shape_of
+from .normalization import BATCH_NORM
 from .records import Node, OpRecord, Window
 from .rows import SAME_UNITS
 
@@ -102,7 +103,7 @@ def stages_above(graph: Graph, record: OpRecord, base: OpRecord, own: frozenset[
             node, number = node.next_functions[0]
             if node is not None and shape_of(node, number) != shape:
                 break
-        elif kind == "NativeBatchNormBackward" and number == 0 and after not in (Kind.NORM, Kind.CONV):
+        elif kind in BATCH_NORM and number == 0 and after not in (Kind.NORM, Kind.CONV):
             if stages.conv is None and not _sloped(node):
                 return None
             stages.norm = node if stages.conv is None else stages.norm
@@ -115,6 +116,8 @@ def stages_above(graph: Graph, record: OpRecord, base: OpRecord, own: frozenset[
             break
     if stages.conv is None or _reaches(graph, stages.conv.next_functions[0][0], own):
         return None
+    if len({tensor.device for tensor in (record.output, *stages.tensors)}) > 1:
+        return None  # a model on several devices
     stages.end(Kind.CONSTANT if node is None and after is Kind.CONV else Kind.UNKNOWN)
     return stages
 
@@ -172,4 +175,3 @@ def _convolution(stages: Stages, node: Node, shape: tuple[int, ...]) -> tuple[in
     if stages.conv is None:
         stages.conv, stages.patches = node, (Kind.CONV, 0, 0, -1, *channels, *axes)
     return origin
-

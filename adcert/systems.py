@@ -22,12 +22,17 @@ _BLOCKS = 256  # directions kept
 
 @dataclass(frozen=True, eq=False)
 class System:
-    """Rows of one rank, before they are cut into blocks."""
+    """Rows of one rank, before they are cut into blocks. Waits until they are all there."""
 
     layer: str
     rank: int
     rowsets: Sequence[RowSet]
     shapes: Mapping[str, tuple[int, ...]]
+
+    def __post_init__(self) -> None:
+        for rowset in self.rowsets:
+            if rowset.arrival is not None:
+                rowset.arrival.wait()
 
 
 @dataclass(frozen=True, eq=False)

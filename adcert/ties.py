@@ -11,15 +11,15 @@ from . import ops
 from .balls import SLACK, TINY, UNIT, gamma
 from .differences import Differences, Part, RowSet
 from .findings import Bulk, Findings, Pending, Scope
-from .records import Node, OpRecord, Ties, take
+from .normalization import eps_of
+from .records import Node, OpRecord, Ties
 from .stages import Stages, axes_of
+from .transfer import Arrival, in_use, pick, take
 
 _ROW, _HARD = 1, 3  # answers of the resolver
 
 
-def resolve(
-    scope: Scope, record: OpRecord, ties: Ties, stages: Stages, found: Findings
-) -> tuple[Tensor, Differences]:
+def resolve(scope: Scope, record: OpRecord, ties: Ties, stages: Stages, found: Findings) -> tuple[Tensor, Differences]:
     """Discharge ties by congruence; put the exact rows and the normalised rows off.
 
     Returns:
@@ -72,7 +72,7 @@ def _own_gamma(scope: Scope, stages: Stages) -> str | None:
 def _patches(stages: Stages, chosen: Tensor, other: Tensor, sign: Tensor) -> tuple[Tensor, Tensor]:
     """Patches of the units that have to win and of those that have to lose, once the slope's sign is taken in."""
     assert stages.conv is not None
-    x = stages.conv._saved_input
+    x = in_use(stages.conv._saved_input)
     swap = sign < 0
     first, second = torch.where(swap, other, chosen), torch.where(swap, chosen, other)
     return ops.conv_patches(x, first, stages.patches), ops.conv_patches(x, second, stages.patches)
@@ -81,7 +81,7 @@ def _patches(stages: Stages, chosen: Tensor, other: Tensor, sign: Tensor) -> tup
 def _signs(norm: Node | None, channel: Tensor) -> Tensor:
     """Sign of the factor that a normalisation puts in front of a channel's patch differences."""
     factors = None if norm is None else norm._saved_weight
-    return torch.ones(len(channel)) if factors is None else factors.detach().sign()[channel]
+    return torch.ones(len(channel)) if factors is None else take(factors.detach(), channel).sign()
 
 
 def exact_rows(scope: Scope, bulk: Bulk) -> RowSet:
@@ -90,9 +90,11 @@ def exact_rows(scope: Scope, bulk: Bulk) -> RowSet:
     first = ops.distinct_rows(torch.stack([bulk.chosen, bulk.other], 1))
     chosen, other = bulk.chosen[first], bulk.other[first]
     channel = stages.channel(chosen)
-    plus, minus = _patches(stages, chosen, other, _signs(stages.norm, channel))
+    arrival = Arrival(_patches(stages, chosen, other, _signs(stages.norm, channel)), patient=True)
+    plus, minus = arrival.tensors
     part = Part(bulk.weight, torch.arange(len(channel)), channel, plus, minus)
-    return RowSet(stages.base.name, "tie", len(channel), (part,), scope.ranks.order.upstream[stages.base])
+    below = scope.ranks.order.upstream[stages.base]
+    return RowSet(stages.base.name, "tie", len(channel), (part,), below, arrival)
 
 
 def normalized_rows(scope: Scope, pending: Pending, found: Findings) -> Tensor:
@@ -113,9 +115,9 @@ def normalized_rows(scope: Scope, pending: Pending, found: Findings) -> Tensor:
     channel = stages.channel(d.plus)
     step = take(x, d.plus).to(torch.float64) - take(x, d.minus).to(torch.float64)
     factors = norm._saved_weight
-    factor = torch.ones_like(step) if factors is None else factors.detach().to(torch.float64)[channel]
+    factor = torch.ones_like(step) if factors is None else take(factors.detach(), channel).to(torch.float64)
     sign = factor.sign()
-    plus, minus = _patches(stages, d.plus, d.minus, sign)
+    plus, minus = Arrival(_patches(stages, d.plus, d.minus, sign)).wait()
     reach = torch.zeros_like(step)
     if norm._saved_training:
         largest = float(stages.conv._saved_input.detach().abs().amax())
@@ -143,12 +145,12 @@ def normalized_rows(scope: Scope, pending: Pending, found: Findings) -> Tensor:
 def _scale_bound(norm: Node, channel: Tensor) -> Tensor:
     """float64 [K]: an upper bound of s = (variance + eps)^(-1/2) of these channels over the batch."""
     used, place = torch.unique(channel, return_inverse=True)
-    x = norm._saved_input.detach()[:, used].to(torch.float64)
+    x = pick(norm._saved_input, used, 1).to(torch.float64)
     dims = (0, *range(2, x.dim()))
     count = math.prod(x.shape[k] for k in dims)
     mean = x.mean(dims, keepdim=True)
     squares = ((x - mean) ** 2).mean(dims)
     drift = x.abs().mean(dims) * 2 * gamma(count)  # of the rounded mean
     least = (squares * (1 - 2 * gamma(count)) - drift * drift - TINY).clamp(min=0)
-    bound: Tensor = (least + float(norm._saved_eps)).rsqrt() * SLACK
+    bound: Tensor = (least + eps_of(norm)).rsqrt() * SLACK
     return bound[place]

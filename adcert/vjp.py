@@ -16,6 +16,7 @@ from .layers import kind_of, shape_of
 from .records import Node
 from .rows import MOVES
 from .slices import Slices, from_dense, padded, reduced, reshaped, to_dense
+from .transfer import host, pick, take, through
 
 if TYPE_CHECKING:
     from .backward import Pass
@@ -48,10 +49,9 @@ def _by_node(walk: Pass, node: Node, g: Slices, rounds: bool) -> None:
 
     def apply(t: Tensor) -> list[Tensor | None]:
         try:
-            result = node(t.reshape(out))
+            return list(through(node, 0, t.reshape(out)))
         except RuntimeError as error:
             raise Unsupported(f"{node.name()}: {error}") from error
-        return list(result) if isinstance(result, (tuple, list)) else [result]
 
     values = [apply(row) for row in dense.value]
     totals = [apply(row) for row in dense.value.abs()] if rounds else None
@@ -99,9 +99,18 @@ def _mul(walk: Pass, node: Node, g: Slices) -> None:
             continue
         if factor is None:
             raise Unsupported(f"{node.name()} without its saved factor")
-        wide = factor.detach().to(torch.float64).expand(g.shape)[g.sample]
+        wide = pick(factor.expand(g.shape), g.sample).to(torch.float64)
         product = Slices(g.row, g.sample, g.data * Ball(wide), g.shape)
         walk.send(edge, reduced(walk.count, product, padded(shape_of(*edge))))
+
+
+def _dropout(walk: Pass, node: Node, g: Slices) -> None:
+    """A GPU's dropout, ``mask x / (1 - p)``: the radius covers any rounding of the factor to float32."""
+    shape = shape_of(node, 0)
+    slope = _double(through(node, 0, torch.ones(shape, dtype=torch.float64))[0]).reshape(padded(shape))[g.sample]
+    exact = bool((slope == slope.to(torch.int64)).all())
+    product = g.data * Ball(slope, None if exact else slope * 2.0**-22)
+    walk.send(node.next_functions[0], Slices(g.row, g.sample, product, g.shape))
 
 
 def _convolution(walk: Pass, node: Node, g: Slices) -> None:
@@ -116,7 +125,7 @@ def _convolution(walk: Pass, node: Node, g: Slices) -> None:
     edge = node.next_functions[0]
     if edge[0] is not None:
         shape = shape_of(*edge)
-        kernel = node._saved_weight.detach().to(torch.float64)
+        kernel = host(node._saved_weight).to(torch.float64)
         options = dict(
             stride=list(node._saved_stride),
             padding=list(node._saved_padding),
@@ -147,7 +156,7 @@ def _conv_weight(walk: Pass, node: Node, g: Slices, leaf: str) -> None:
     shape = tuple(walk.graph.leaves.tensor(leaf).shape)
     groups = node._saved_groups
     samples, index = torch.unique(g.sample, return_inverse=True)
-    x = node._saved_input.detach()[samples]
+    x = pick(node._saved_input, samples)
     columns = unfolded(node, x, shape)
     columns = columns.reshape(len(samples), groups, -1, columns.shape[-1])
     step = max(1, BUDGET // (64 * max(1, columns[0].numel())))
@@ -197,14 +206,14 @@ def _linear(walk: Pass, node: Node, g: Slices) -> None:
             raise Unsupported(f"{node.name()} with a computed weight ({w_edge[0].name()})")
         leaf = walk.weight(w_edge[0].next_functions[0], node)
         assert leaf is not None
-        x = (node._saved_mat1 if biased else node._saved_self).detach().to(torch.float64)[g.sample]
+        x = pick(node._saved_mat1 if biased else node._saved_self, g.sample).to(torch.float64)
 
         def outer(t: Tensor, w: Tensor) -> Tensor:
             return t[:, :, None] * w[:, None, :]
 
         add_rows(walk, leaf, g.row, balls.linear(outer, g.data, x, 1))
     if x_edge[0] is not None:
-        weight = node._saved_mat2.detach().to(torch.float64)
+        weight = host(node._saved_mat2).to(torch.float64)
 
         def apply(t: Tensor, w: Tensor) -> Tensor:
             return t @ w.T
@@ -224,7 +233,7 @@ def _batch_norm(walk: Pass, node: Node, g: Slices) -> None:
     stats = normalization.statistics(node)
     scale = stats.scale
     if node._saved_weight is not None:
-        scale = scale * Ball(stats.channels(node._saved_weight.detach().to(torch.float64)))
+        scale = scale * Ball(stats.channels(host(node._saved_weight).to(torch.float64)))
     if not node._saved_training:
         if gamma is not None:
             product = g.data * stats.normalized.map(lambda t: t[g.sample])
@@ -276,7 +285,7 @@ def _one_channel(walk: Pass, node: Node, g: Slices) -> bool:
     )
     scale = mine.scale
     if node._saved_weight is not None:
-        factor = node._saved_weight.detach().to(torch.float64)[channel].reshape(-1, 1, 1, 1, 1)
+        factor = take(node._saved_weight.detach(), channel).to(torch.float64).reshape(-1, 1, 1, 1, 1)
         scale = scale * Ball(factor)
     result, along = normalization.coupled(dense, mine, scale)
 
@@ -298,7 +307,7 @@ def _one_channel(walk: Pass, node: Node, g: Slices) -> bool:
     bias = walk.weight(conv.next_functions[2], conv)
     if bias is not None:
         spread(result.sum((1, 2, 3, 4)).map(lambda t: t[:, None]), bias)
-    z = conv._saved_input.detach()
+    z = host(conv._saved_input)
     columns = unfolded(conv, z, tuple(walk.graph.leaves.tensor(weight).shape))  # [N, C * k * k, L]
     flat = result.map(lambda t: t.reshape(walk.count, len(z), -1).movedim(0, 2))  # [N, L, count]
 
@@ -322,8 +331,9 @@ RULES: dict[str, _Rule] = {
     **dict.fromkeys(["AddBackward", "SubBackward", "RsubBackward"], _sum_of),
     "NegBackward": _neg,
     "MulBackward": _mul,
+    "NativeDropoutBackward": _dropout,
     "ConvolutionBackward": _convolution,
     "AddmmBackward": _linear,
     "MmBackward": _linear,
-    "NativeBatchNormBackward": _batch_norm,
+    **dict.fromkeys(normalization.BATCH_NORM, _batch_norm),
 }

@@ -43,6 +43,7 @@ class Job:
     plain: bool = False
     certificates: Path | None = None
     only_failed: bool = False
+    device: str = "cpu"
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,9 @@ class StepResult:
 
     @property
     def analysis(self) -> float:
-        """Seconds of the step that the monitor spent in its analysis."""
-        return float(self.summary["seconds"]["analysis"]) if self.summary else 0.0
+        """Seconds of the step that the monitor spent in its analysis, without waiting for the forward pass."""
+        seconds = self.summary["seconds"] if self.summary else {}
+        return float(seconds.get("analysis", 0.0)) - float(seconds.get("device", 0.0))
 
 
 @dataclass
@@ -152,6 +154,7 @@ def run(job: Job, on_step: Callable[[Outcome, StepResult], None]) -> Outcome:
     loader.steps = planned
     channels, size, _ = images.shape
     model: nn.Module = models.build(job.model, len(images.classes), channels, size, job.seed)
+    model.to(job.device)
     outcome = Outcome(job, planned, sum(p.numel() for p in model.parameters()))
     if not job.plain:
         model = convert(model)
@@ -162,7 +165,7 @@ def run(job: Job, on_step: Callable[[Outcome, StepResult], None]) -> Outcome:
     with monitor or nullcontext():
         try:
             for number, (x, y) in enumerate(loader, 1):
-                step, result = _step(model, optimizer, monitor, x, y, number)
+                step, result = _step(model, optimizer, monitor, x.to(job.device), y.to(job.device), number)
                 schedule.step()
                 if number == planned or number % per_epoch == 0:
                     result = dataclasses.replace(result, test_accuracy=_accuracy(model, *images.test))
@@ -195,6 +198,8 @@ def _step(
         loss = nn.functional.cross_entropy(output, y)
         loss.backward()  # type: ignore[no-untyped-call]
     optimizer.step()
+    if loss.is_cuda:
+        torch.cuda.synchronize(loss.device)
     seconds = time.perf_counter() - start
     correct = (output.detach().argmax(1) == y).float().mean().item()
     return step, StepResult(number, loss.item(), correct, seconds, None, None)
@@ -221,7 +226,8 @@ def _accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
     mode = model.training
     model.eval()
     with torch.no_grad():
-        answers = torch.cat([model(part).argmax(1) for part in torch.split(x, 256)])
+        device = next(model.parameters()).device
+        answers = torch.cat([model(part.to(device)).argmax(1).cpu() for part in torch.split(x, 256)])
     model.train(mode)
     return float((answers == y).float().mean())
 

@@ -131,6 +131,7 @@ def _show_run(console: Console, outcome: Outcome) -> None:
     found = outcome.as_dict()
     table = Table("run", "value", title=f"{outcome.job.model} on {outcome.job.data}", box=SIMPLE_HEAD)
     table.add_row("steps", f"{found['steps']} of {outcome.planned}, batch {outcome.job.batch_size}")
+    table.add_row("device", outcome.job.device)
     table.add_row("loss, accuracy (last batch)", f"{found['loss']:.4f}, {found['accuracy']:.3f}")
     if found["test_accuracy"] is not None:
         table.add_row("test accuracy", f"{found['test_accuracy']:.3f}")

@@ -14,6 +14,7 @@ from ._show import Display, show_outcome
 
 ModelName = Literal["resnet18", "resnet18-nobias", "resnet50", "vgg11", "vgg11-bn", "fnn-relu"]
 DataName = Literal["photos", "digits"]
+DeviceName = Literal["cpu", "cuda"]
 INTERRUPTED = 130
 
 
@@ -52,6 +53,9 @@ def train(
     only_failed: Annotated[
         bool, typer.Option("--only-failed", help="With --certificates: only of steps that are not certified.")
     ] = False,
+    device: Annotated[
+        DeviceName | None, typer.Option(help="Where to train (default: cuda if there is one, else cpu).")
+    ] = None,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of PyTorch (default: PyTorch's own choice).")
     ] = None,
@@ -71,13 +75,16 @@ def train(
         )
     if only_failed and certificates is None:
         raise typer.BadParameter("--only-failed needs --certificates DIR")
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if place == "cuda" and not torch.cuda.is_available():
+        raise typer.BadParameter("torch finds no CUDA device", param_hint="--device")
     if log is not None and not log.absolute().parent.is_dir():
         raise typer.BadParameter(f"the directory of {log} does not exist", param_hint="--log")
     if certificates is not None:
         certificates.mkdir(parents=True, exist_ok=True)
     if threads is not None:
         torch.set_num_threads(threads)
-    job = Job(model, data, epochs, steps, batch_size, seed, log, strict, plain, certificates, only_failed)
+    job = Job(model, data, epochs, steps, batch_size, seed, log, strict, plain, certificates, only_failed, place)
     with Display(error_console()) as display:
         outcome = run(job, display.update)
     if as_json:
