@@ -13,21 +13,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .layers import ACCUMULATE, Graph, kind_of
-from .normalization import BATCH_NORM
 from .records import Node
+from .smooth import ANALYTIC
 from .watch import Watch
-
-# Nodes that are analytic wherever their inputs are finite. Anything else unrecorded means UNDECIDED.
-_NAMES = """
-    Add Sub Rsub Mul Neg View UnsafeView ReshapeAlias Squeeze Unsqueeze Expand Permute Transpose T Slice
-    Select Cat Stack Split SplitWithSizes Unbind ConstantPadNd Clone ToCopy Alias Flip Roll Repeat Narrow
-    Diagonal AsStrided Convolution Addmm Mm Bmm Baddbmm Addbmm Mv Dot Linear Mean Sum Exp Expm1 Tanh
-    Sigmoid LogSigmoid Gelu Silu Sin Cos Erf NativeLayerNorm NativeGroupNorm LogSoftmax Softmax NllLoss
-    NllLoss2D MseLoss BinaryCrossEntropyWithLogits AvgPool2D AvgPool3D AvgPool1D AdaptiveAvgPool2D
-    MkldnnAdaptiveAvgPool2D Index IndexSelect Gather Where MaskedFill NativeDropout UpsampleBilinear2D
-    UpsampleNearest2D PixelShuffle ScaledDotProductFlashAttentionForCpu Logsumexp
-"""
-ANALYTIC = frozenset(f"{name}Backward" for name in _NAMES.split()) | BATCH_NORM.keys()
 
 Answer = bool | Tensor  # of a device: a flag that nobody has waited for yet
 

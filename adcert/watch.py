@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable
-from types import FunctionType
+from types import BuiltinFunctionType, CodeType, FrameType, FunctionType
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -23,6 +23,7 @@ from torch.overrides import TorchFunctionMode
 from .layers import ACCUMULATE
 from .nn import pair
 from .records import Node, Recorder, Window
+from .smooth import ANALYTIC
 
 # Their results depend on shapes, types and devices only, never on values.
 _VALUE_FREE = frozenset(
@@ -59,6 +60,9 @@ _TRANSPARENT = frozenset(
     __pow__ __ipow__ pow __rmatmul__ __iter__ __reversed__""".split()
 )
 
+Site = tuple[CodeType, int]  # a line of somebody's program
+Origin = tuple[str, Site | None]  # a function, and where it was called
+_saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 OnRoot = Callable[[list[Tensor], Any, bool], None]
 Note = TypeVar("Note")
 
@@ -76,6 +80,11 @@ class Notes(Generic[Note]):
     def set(self, tensor: Tensor, note: Note) -> None:
         notes, key = self._of, id(tensor)
         notes[key] = weakref.ref(tensor, lambda _: notes.pop(key, None)), note
+
+    def of_any(self, tensors: list[Tensor]) -> bool:
+        """Quick, and never wrong where there is none."""
+        notes = self._of
+        return bool(notes) and any([id(tensor) in notes for tensor in tensors])
 
     def __bool__(self) -> bool:
         return bool(self._of)
@@ -96,13 +105,13 @@ class Watch(TorchFunctionMode):
         super().__init__()
         self.recorder = recorder
         self.on_root = on_root
-        self.made: dict[Node, str] = {}
+        self.made: dict[Node, Origin] = {}
         self.mixed: list[tuple[Node, str]] = []
         self.assumptions: dict[str, None] = {}
         self.problems: dict[str, None] = {}
-        self._hidden: Notes[str] = Notes()
+        self._hidden: Notes[Origin] = Notes()
         self._aliases: Notes[Tensor] = Notes()
-        self._written: dict[int, tuple[Tensor, str]] = {}
+        self._written: dict[int, tuple[Tensor, Origin]] = {}
         self._versions: Notes[int] = Notes()
         self._leaves: dict[int, tuple[Tensor, int]] = {}
         recorder.witness = self
@@ -119,8 +128,9 @@ class Watch(TorchFunctionMode):
         return next((leaf for leaf, version in self._leaves.values() if leaf._version != version), None)
 
     def origin(self, node: Node) -> str:
-        """' (function at file:line)' of the call that made a node, as far as it was kept."""
-        return self.made.get(node, "")
+        """' (function at file:line)' of the call that made a node; no line where all its nodes are analytic."""
+        made = self.made.get(node)
+        return "" if made is None else f" ({told(made)})"
 
     def __torch_function__(
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -130,7 +140,10 @@ class Watch(TorchFunctionMode):
             return func(*args, **kwargs)
         if func in _BACKWARD:
             return self._backward(func, args, kwargs)
-        call = _Call(self, func, args, kwargs)
+        tensors = list_tensors(args, kwargs)
+        if not (any([t.requires_grad for t in tensors]) or self._concerned(tensors)):
+            return func(*args, **kwargs)
+        call = _Call(self, func, args, kwargs, tensors)
         output = self._recorded(func, args, kwargs)
         if output is None:
             output = func(*args, **kwargs)
@@ -141,6 +154,12 @@ class Watch(TorchFunctionMode):
         except RuntimeError as error:  # autograd refuses to tell about some views; the user's program may go on
             call.problem(f"{call.name}{caller()} cannot be followed: {error}")
         return iter(output) if call.name in ("__iter__", "__reversed__") else output
+
+    def _concerned(self, tensors: list[Tensor]) -> bool:
+        """May one of these, none of which requires grad, hold or share what has left the graph?"""
+        if self._written or self._aliases:
+            return True
+        return self._hidden.of_any(tensors)
 
     def reads(self, tensor: Tensor, name: str) -> None:
         """A recorded operation is about to read a tensor of the graph."""
@@ -176,7 +195,7 @@ class Watch(TorchFunctionMode):
         inputs = kwargs.get("inputs")
         if func is torch.autograd.grad and inputs is None and len(args) > 1:
             inputs = args[1]
-        others = [t for t in tensors_of((args[1:], {k: v for k, v in kwargs.items() if k != "inputs"}))]
+        others = list_tensors(args[1:], {k: v for k, v in kwargs.items() if k != "inputs"})
         if any(self.source_of(t) for t in others):
             self.problems[
                 "the gradient handed to backward depends on the parameters in a way autograd does not see"
@@ -185,9 +204,9 @@ class Watch(TorchFunctionMode):
         self.on_root([roots] if isinstance(roots, Tensor) else list(roots), inputs, keep)
         return func(*args, **kwargs)
 
-    def source_of(self, tensor: Tensor) -> str | None:
+    def source_of(self, tensor: Tensor) -> Origin | None:
         """Where a value that left the graph came from, if this tensor is one (or shares memory written with one)."""
-        found = self._hidden.get(tensor)
+        found = self._hidden.get(tensor) if self._hidden else None
         if found is None and self._written and not tensor.requires_grad:
             held = self._written.get(tensor.untyped_storage()._cdata)
             found = None if held is None else held[1]
@@ -197,26 +216,29 @@ class Watch(TorchFunctionMode):
 class _Call:
     """One call: what it was given, and what its result has to be remembered for."""
 
-    def __init__(self, watch: Watch, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    __slots__ = ("args", "func", "inputs", "kwargs", "name", "out", "target", "tensors", "versions", "watch")
+
+    def __init__(
+        self, watch: Watch, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
+    ) -> None:
         self.watch = watch
         self.func = func
         self.args, self.kwargs = args, kwargs
-        self.name: str = getattr(func, "__name__", str(func))
-        self.tensors = list(tensors_of((args, kwargs)))
+        self.name: str = getattr(func, "__name__", None) or str(func)
+        self.tensors = tensors
         self.target = args[0] if args and isinstance(args[0], Tensor) else None
-        self.out = list(tensors_of(kwargs.get("out")))
+        self.out = list_tensors(kwargs["out"]) if "out" in kwargs else []
         # An in-place call changes grad_fn and version: look before it runs.
         self.inputs: set[Node] = set()
-        self.versions = [tensor._version for tensor in self.tensors]
-        for tensor, version in zip(self.tensors, self.versions, strict=True):
-            self._sight(tensor, version)
-        if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+        self.versions = [tensor._version for tensor in tensors]
+        for tensor, version in zip(tensors, self.versions, strict=True):
+            if tensor.requires_grad:
+                self._sight(tensor, version)
+        if _saved_hooks(True) is not None:
             self.problem("saved-tensor hooks (activation checkpointing or offloading) are active: not supported")
 
     def _sight(self, tensor: Tensor, version: int) -> None:
-        """Note where a tensor stands; a graph tensor must not have changed since it was last seen."""
-        if not tensor.requires_grad:
-            return
+        """Note where a differentiable tensor stands; it must not have changed since it was last seen."""
         try:
             node = tensor.grad_fn
         except RuntimeError as error:
@@ -242,14 +264,14 @@ class _Call:
     def follow(self, output: Any) -> None:
         if self.name in _VALUE_FREE or (self.name == "__set__" and self.setter() != "data"):
             return
-        outputs = list(tensors_of(output))
+        outputs = [output] if isinstance(output, Tensor) else list_tensors(output)
         if self.in_place() and self.target is not None and not any(t is self.target for t in outputs):
             outputs.append(self.target)
         unread = self._unread()
-        read = [tensor for tensor in self.tensors if not any(tensor is other for other in unread)]
-        source = next((found for found in map(self.watch.source_of, read) if found), None)
-        live = any(tensor.requires_grad for tensor in self.tensors)
-        alias = bool(self.watch._aliases) and any(self.watch._aliases.get(t) is not None for t in self.tensors)
+        watch = self.watch
+        source = self._source(unread) if watch._written or watch._hidden.of_any(self.tensors) else None
+        live = any([tensor.requires_grad for tensor in self.tensors])
+        alias = bool(watch._aliases) and any(watch._aliases.get(t) is not None for t in self.tensors)
         if source is None and not live and not alias:
             return
         if self.name in _HOOKS:
@@ -261,16 +283,21 @@ class _Call:
             return
         self._check_writes()
         for tensor in unread:  # written without a new version
-            self.watch._hidden.set(tensor, f"{self.name}{caller()}")
+            watch._hidden.set(tensor, (f"the running statistics of {self.name}", None))
         for tensor in outputs:
             if not tensor.requires_grad:
                 self._note_alias(tensor)
             if source is not None or live:
                 self._result(tensor, source)
-        if any(tensor.requires_grad and not tensor.is_leaf for tensor in outputs):
+        if any([tensor.requires_grad and not tensor.is_leaf for tensor in outputs]):
             for tensor in self.tensors:
                 if tensor.requires_grad and tensor.is_leaf:
-                    self.watch._leaves.setdefault(id(tensor), (tensor, tensor._version))
+                    watch._leaves.setdefault(id(tensor), (tensor, tensor._version))
+
+    def _source(self, unread: list[Tensor]) -> Origin | None:
+        """Where a value that left the graph came from, if the call reads one."""
+        read = [tensor for tensor in self.tensors if not any(tensor is other for other in unread)]
+        return next((found for found in map(self.watch.source_of, read) if found), None)
 
     def _unread(self) -> list[Tensor]:
         """Running statistics are written, not read, by a normalisation in train mode."""
@@ -284,25 +311,26 @@ class _Call:
 
     def _check_writes(self) -> None:
         """Writes that change values behind the graph's back: a new version without a new node."""
+        data = self.setter() == "data"
         for tensor, version in zip(self.tensors, self.versions, strict=True):
-            if tensor._version == version and self.setter() != "data":
+            if tensor._version == version and not data:
                 continue
             base = self.watch._aliases.get(tensor)
             unused = base is not None and base.is_leaf and id(base) not in self.watch._leaves
-            if (base is not None and not unused) or self.setter() == "data":
+            if (base is not None and not unused) or data:
                 self.problem(f"{self.name}{caller()} changes a tensor of the graph through a detached alias")
             elif tensor.requires_grad and tensor.grad_fn is not None and tensor.grad_fn in self.inputs:
                 self.problem(f"{self.name}{caller()} changes a tensor of the graph without autograd (under no_grad)")
             elif not tensor.requires_grad:  # a buffer that holds a function of the parameters from now on
-                self.watch._hidden.set(tensor, f"{self.name}{caller()}")
+                self.watch._hidden.set(tensor, (self.name, site()))
 
-    def _result(self, tensor: Tensor, source: str | None) -> None:
+    def _result(self, tensor: Tensor, source: Origin | None) -> None:
         watch = self.watch
         if tensor.requires_grad and tensor.grad_fn is not None:
             watch._versions.set(tensor, tensor._version)
             self._name_nodes(tensor.grad_fn)
             if source is not None:
-                message = f"{source} steers the differentiable {self.name}{caller()}"
+                message = f"{told(source)} steers the differentiable {self.name}{caller()}"
                 watch.mixed.append((tensor.grad_fn, message))
             elif self._opaque():
                 message = f"{self.name}{caller()} is written in Python and may hide a branch from autograd"
@@ -312,7 +340,7 @@ class _Call:
         elif not torch.is_grad_enabled() and source is None:
             watch.assumptions[f"values computed under no_grad by {self.name}{caller()} are constants"] = None
         else:
-            origin = source or f"{self.name}{caller()}"
+            origin = source or (self.name, site())
             watch._hidden.set(tensor, origin)
             if self.in_place() or self.out:
                 watch._written[tensor.untyped_storage()._cdata] = (tensor, origin)
@@ -327,6 +355,8 @@ class _Call:
                     aliases.set(tensor, given if known is None else known)
 
     def _opaque(self) -> bool:
+        if isinstance(self.func, BuiltinFunctionType):
+            return False
         if isinstance(self.func, (OpOverload, OpOverloadPacket)):
             namespace = str(self.func).split(".", 1)[0]
             return namespace not in ("aten", "adcert", "prims")
@@ -334,38 +364,66 @@ class _Call:
 
     def _name_nodes(self, node: Node) -> None:
         """Every node between the result and what the call was given was made by this call."""
-        stack, where = [node], f" ({self.name}{caller()})"
+        made, inputs, stack = self.watch.made, self.inputs, [node]
+        place: Site | None = None  # looking for it costs more than all the rest
         while stack:
             node = stack.pop()
-            if node is None or node in self.inputs or node in self.watch.made or node.name() == ACCUMULATE:
+            if node is None or node in inputs or node in made:
                 continue
-            self.watch.made[node] = where
+            name = node.name()
+            if name == ACCUMULATE:
+                continue
+            if place is None and name.rstrip("0123456789") not in ANALYTIC:
+                place = site()
+            made[node] = (self.name, place)
             stack += [source for source, _ in node.next_functions]
 
 
-def tensors_of(value: Any) -> Iterable[Tensor]:
+def list_tensors(*values: Any) -> list[Tensor]:
     """Every tensor inside nested lists, tuples, dicts and slices."""
-    if isinstance(value, Tensor):
-        yield value
-    elif isinstance(value, (list, tuple)):
-        for item in value:
-            yield from tensors_of(item)
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from tensors_of(item)
-    elif isinstance(value, slice):
-        yield from tensors_of((value.start, value.stop, value.step))
+    found: list[Tensor] = []
+    _gather(values, found)
+    return found
+
+
+def _gather(values: Iterable[Any], found: list[Tensor]) -> None:
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, (list, tuple)):
+            _gather(value, found)
+        elif isinstance(value, dict):
+            _gather(value.values(), found)
+        elif isinstance(value, slice):
+            _gather((value.start, value.stop, value.step), found)
 
 
 _OURS = frozenset(f"adcert.{room}" for room in ("monitor", "nn", "records", "replay", "watch"))
 
 
-def caller() -> str:
-    """' at file:line' of the nearest frame outside torch and the recording modules."""
-    frame = sys._getframe(1)
+_inner: dict[str, bool] = {}  # is a module torch's, or one of the recording ones?
+
+
+def site() -> Site | None:
+    """The nearest frame outside torch and the recording modules."""
+    frame: FrameType | None = sys._getframe(1)
     while frame is not None:
         module = frame.f_globals.get("__name__", "")
-        if not f"{module}.".startswith("torch.") and module not in _OURS:
-            return f" at {frame.f_code.co_filename.rsplit('/', 1)[-1]}:{frame.f_lineno}"
-        frame = frame.f_back  # type: ignore[assignment]
-    return ""
+        inner = _inner.get(module)
+        if inner is None:
+            inner = _inner[module] = f"{module}.".startswith("torch.") or module in _OURS
+        if not inner:
+            return frame.f_code, frame.f_lineno
+        frame = frame.f_back
+    return None
+
+
+def caller() -> str:
+    """' at file:line' of :func:`site`."""
+    return told(("", site()))
+
+
+def told(origin: Origin) -> str:
+    """'function at file:line'."""
+    name, place = origin
+    return name if place is None else f"{name} at {place[0].co_filename.rsplit('/', 1)[-1]}:{place[1]}"
