@@ -50,7 +50,7 @@ sanitize: $(STAMPS)/requirements
 	    ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 PYTHONPATH=. \
 	    LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" \
 	    ../../$(BIN)/python -m pytest -q -p no:cacheprovider \
-	    tests/test_ops.py tests/test_resolve.py tests/test_emulation.py
+	    tests/test_ops.py tests/test_resolve.py tests/test_emulation.py tests/test_kernel_campaign.py
 
 clean:
 	rm -rf build .stamps *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks adcert/_C.* adcert/_cuda.so

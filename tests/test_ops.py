@@ -9,19 +9,13 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from kernel_cases import INF, NAN, bits
 from places import Place, opened
 from torch import Tensor
 
 from adcert import ops, reference
 
-NAN, INF = float("nan"), float("inf")
 LAYOUTS = ("contiguous", "channels_last", "transposed", "sliced", "3d", "empty")
-
-
-def bits(t: Tensor) -> Tensor:
-    """The bits of a floating tensor; every NaN the same."""
-    t = torch.where(t.isnan(), torch.full_like(t, NAN), t)
-    return t.view({2: torch.int16, 4: torch.int32, 8: torch.int64}[t.element_size()])
 
 
 @pytest.fixture(params=["cpu", "kernels", "cuda"])
