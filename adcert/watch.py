@@ -36,6 +36,7 @@ _GETTERS = frozenset(
     for name in """shape dtype device layout requires_grad is_leaf ndim itemsize nbytes grad_fn is_cuda is_cpu
     is_sparse is_quantized is_meta is_mkldnn is_nested _version output_nr""".split()
 )
+_GRAD_FN = Tensor.grad_fn.__get__  # type: ignore[attr-defined]
 _READS = frozenset(
     """item tolist numpy __bool__ __int__ __float__ __index__ __array__ __contains__ __dlpack__
     untyped_storage storage data_ptr""".split()
@@ -44,6 +45,12 @@ _HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook"})
 _RELU = frozenset({F.relu, torch.relu, Tensor.relu})
 _RELU_INPLACE = frozenset({F.relu_, torch.relu_, Tensor.relu_})
 _POOL = frozenset({F.max_pool2d, torch.max_pool2d})
+# Their schemas do not say that they write running statistics, and autograd does not learn of it.
+_NORMS = frozenset(
+    """batch_norm instance_norm native_batch_norm cudnn_batch_norm miopen_batch_norm _batch_norm_impl_index""".split()
+)
+_FUNCTIONAL_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training")
+_NATIVE_NORM = ("input", "weight", "bias", "running_mean", "running_var", "training")
 _BACKWARD = frozenset({Tensor.backward, torch.autograd.backward, torch.autograd.grad})
 # Functions written in Python run unseen inside; these hide no branch from the graph.
 _TRANSPARENT = frozenset(
@@ -62,6 +69,7 @@ _TRANSPARENT = frozenset(
 
 Site = tuple[CodeType, int]  # a line of somebody's program
 Origin = tuple[str, Site | None]  # a function, and where it was called
+_HOOKED = "saved-tensor hooks (activation checkpointing or offloading) are active: not supported"
 _saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 OnRoot = Callable[[list[Tensor], Any, bool], None]
 Note = TypeVar("Note")
@@ -114,11 +122,12 @@ class Watch(TorchFunctionMode):
         self._written: dict[int, tuple[Tensor, Origin]] = {}
         self._versions: Notes[int] = Notes()
         self._leaves: dict[int, tuple[Tensor, int]] = {}
+        self._frozen: Notes[bool] = Notes()  # running statistics that the graph reads again in backward
         recorder.witness = self
 
     def forget(self) -> None:
         """Let go of every tensor; the step has ended."""
-        for notes in (self._hidden, self._aliases, self._versions):
+        for notes in (self._hidden, self._aliases, self._versions, self._frozen):
             notes.clear()
         self._written.clear()
         self._leaves.clear()
@@ -137,6 +146,8 @@ class Watch(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if func in _GETTERS:
+            if func == _GRAD_FN and not args[0].is_leaf:
+                self.assumptions[f"hooks on nodes of the graph, read{caller()}, leave its gradient as it is"] = None
             return func(*args, **kwargs)
         if func in _BACKWARD:
             return self._backward(func, args, kwargs)
@@ -159,10 +170,14 @@ class Watch(TorchFunctionMode):
         """May one of these, none of which requires grad, hold or share what has left the graph?"""
         if self._written or self._aliases:
             return True
-        return self._hidden.of_any(tensors)
+        return self._hidden.of_any(tensors) or self._frozen.of_any(tensors)
 
     def reads(self, tensor: Tensor, name: str) -> None:
         """A recorded operation is about to read a tensor of the graph."""
+        if _saved_hooks(True) is not None:
+            self.problems[_HOOKED] = None
+        if tensor.is_leaf:
+            self._leaves.setdefault(id(tensor), (tensor, tensor._version))
         last = self._versions.get(tensor)
         if last is not None and last != tensor._version:
             self.problems[f"a tensor of the graph was written to out of sight before {name}{caller()}"] = None
@@ -202,7 +217,11 @@ class Watch(TorchFunctionMode):
             ] = None
         keep = bool(kwargs.get("retain_graph") or kwargs.get("create_graph")) or len(args) > 2
         self.on_root([roots] if isinstance(roots, Tensor) else list(roots), inputs, keep)
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        for gradient in list_tensors(result):  # a function of the parameters, without a graph
+            if not gradient.requires_grad:
+                self._hidden.set(gradient, (func.__name__, site()))
+        return result
 
     def source_of(self, tensor: Tensor) -> Origin | None:
         """Where a value that left the graph came from, if this tensor is one (or shares memory written with one)."""
@@ -235,7 +254,7 @@ class _Call:
             if tensor.requires_grad:
                 self._sight(tensor, version)
         if _saved_hooks(True) is not None:
-            self.problem("saved-tensor hooks (activation checkpointing or offloading) are active: not supported")
+            self.problem(_HOOKED)
 
     def _sight(self, tensor: Tensor, version: int) -> None:
         """Note where a differentiable tensor stands; it must not have changed since it was last seen."""
@@ -265,13 +284,16 @@ class _Call:
         if self.name in _VALUE_FREE or (self.name == "__set__" and self.setter() != "data"):
             return
         outputs = [output] if isinstance(output, Tensor) else list_tensors(output)
+        outputs += [t for t in self.out if not any(t is other for other in outputs)]  # some return nothing
         if self.in_place() and self.target is not None and not any(t is self.target for t in outputs):
             outputs.append(self.target)
-        unread = self._unread()
+        statistics, training = self._statistics()
+        unread = statistics if training else []
         watch = self.watch
         source = self._source(unread) if watch._written or watch._hidden.of_any(self.tensors) else None
         live = any([tensor.requires_grad for tensor in self.tensors])
         alias = bool(watch._aliases) and any(watch._aliases.get(t) is not None for t in self.tensors)
+        self._keep_statistics(statistics, training, live)
         if source is None and not live and not alias:
             return
         if self.name in _HOOKS:
@@ -299,15 +321,25 @@ class _Call:
         read = [tensor for tensor in self.tensors if not any(tensor is other for other in unread)]
         return next((found for found in map(self.watch.source_of, read) if found), None)
 
-    def _unread(self) -> list[Tensor]:
-        """Running statistics are written, not read, by a normalisation in train mode."""
-        if self.name not in ("batch_norm", "instance_norm"):
-            return []
-        names = ("input", "running_mean", "running_var", "weight", "bias", "training")
+    def _statistics(self) -> tuple[list[Tensor], bool]:
+        """A normalisation's running statistics; are they written and not read, as in train mode?"""
+        name = self.name.split(".", 1)[0]  # of an overload
+        if name not in _NORMS:
+            return [], False
+        names = _FUNCTIONAL_NORM if isinstance(self.func, FunctionType) else _NATIVE_NORM
         given = dict(zip(names, self.args, strict=False)) | self.kwargs
-        training = given.get("training", given.get("use_input_stats", self.name == "instance_norm"))
+        training = given.get("training", given.get("use_input_stats", name == "instance_norm"))
         statistics = (given.get("running_mean"), given.get("running_var"))
-        return [t for t in statistics if isinstance(t, Tensor)] if training else []
+        return [t for t in statistics if isinstance(t, Tensor)], bool(training)
+
+    def _keep_statistics(self, statistics: list[Tensor], training: bool, live: bool) -> None:
+        """Backward in eval mode reads the statistics again, and autograd does not know who has written them."""
+        frozen = self.watch._frozen
+        for tensor in statistics:
+            if not training and live and torch.is_grad_enabled():
+                frozen.set(tensor, True)
+            elif training and frozen.get(tensor):
+                self.problem(f"{self.name}{caller()} changes running statistics that the graph still needs")
 
     def _check_writes(self) -> None:
         """Writes that change values behind the graph's back: a new version without a new node."""
@@ -322,7 +354,9 @@ class _Call:
             elif tensor.requires_grad and tensor.grad_fn is not None and tensor.grad_fn in self.inputs:
                 self.problem(f"{self.name}{caller()} changes a tensor of the graph without autograd (under no_grad)")
             elif not tensor.requires_grad:  # a buffer that holds a function of the parameters from now on
-                self.watch._hidden.set(tensor, (self.name, site()))
+                origin = (self.name, site())
+                self.watch._hidden.set(tensor, origin)
+                self.watch._written[tensor.untyped_storage()._cdata] = (tensor, origin)  # views of it, too
 
     def _result(self, tensor: Tensor, source: Origin | None) -> None:
         watch = self.watch
