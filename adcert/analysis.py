@@ -54,7 +54,7 @@ class StepAnalysis:
         self.order: Order | None = None  # of the only graph so far
         self.pairs = 0
         self.seconds: dict[str, float] = defaultdict(float)
-        self.roots: set[Node] = set()
+        self.roots: set[tuple[Node, int]] = set()  # with the number of the node's output
         self.assumptions: dict[str, None] = {}
 
     @contextmanager
@@ -73,8 +73,9 @@ class StepAnalysis:
         """
         start = time.perf_counter()
         nodes = [tensor.grad_fn for tensor in roots if tensor.grad_fn is not None]
-        again = bool(nodes) and self.roots.issuperset(nodes)  # step.loss(loss), or the same loss once more
-        self.roots.update(nodes)
+        losses = {(tensor.grad_fn, tensor.output_nr) for tensor in roots if tensor.grad_fn is not None}
+        again = bool(nodes) and self.roots >= losses  # step.loss(loss), or the same loss once more
+        self.roots |= losses
         coming = Coming(watch.recorder, [] if again else roots)
         graph = Graph(nodes, watch.recorder.records, self.leaves)
         records = [graph.record_of[node] for node in graph.nodes if node in graph.record_of]
