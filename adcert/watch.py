@@ -36,7 +36,7 @@ _GETTERS = frozenset(
     for name in """shape dtype device layout requires_grad is_leaf ndim itemsize nbytes grad_fn is_cuda is_cpu
     is_sparse is_quantized is_meta is_mkldnn is_nested _version output_nr""".split()
 )
-_GRAD_FN = Tensor.grad_fn.__get__  # type: ignore[attr-defined]
+_GRAD_FN = getattr(Tensor, "grad_fn").__get__  # noqa: B009 - the stubs know the value only
 _READS = frozenset(
     """item tolist numpy __bool__ __int__ __float__ __index__ __array__ __contains__ __dlpack__
     untyped_storage storage data_ptr""".split()
