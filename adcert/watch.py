@@ -17,6 +17,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
+from torch.nn import Parameter
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
@@ -41,6 +42,7 @@ _READS = frozenset(
     """item tolist numpy __bool__ __int__ __float__ __index__ __array__ __contains__ __dlpack__
     untyped_storage storage data_ptr""".split()
 )
+_SWITCHES = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})  # type: ignore[attr-defined]
 _HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook"})
 _RELU = frozenset({F.relu, torch.relu, Tensor.relu})
 _RELU_INPLACE = frozenset({F.relu_, torch.relu_, Tensor.relu_})
@@ -149,6 +151,8 @@ class Watch(TorchFunctionMode):
             if func == _GRAD_FN and not args[0].is_leaf:
                 self.assumptions[f"hooks on nodes of the graph, read{caller()}, leave its gradient as it is"] = None
             return func(*args, **kwargs)
+        if func in _SWITCHES:
+            return self._switch(func, args, kwargs)
         if func in _BACKWARD:
             return self._backward(func, args, kwargs)
         tensors = list_tensors(args, kwargs)
@@ -171,6 +175,16 @@ class Watch(TorchFunctionMode):
         if self._written or self._aliases:
             return True
         return self._hidden.of_any(tensors) or self._frozen.of_any(tensors)
+
+    def _switch(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What was computed from a parameter while it did not require grad is in no graph."""
+        tensor: Tensor = args[0] if args else kwargs["self"]
+        before = tensor.requires_grad
+        result = func(*args, **kwargs)
+        if tensor.requires_grad != before and isinstance(tensor, Parameter):
+            text = f"values computed from a parameter while it did not require grad, switched{caller()}, are constants"
+            self.assumptions[text] = None
+        return result
 
     def reads(self, tensor: Tensor, name: str) -> None:
         """A recorded operation is about to read a tensor of the graph."""
@@ -235,7 +249,7 @@ class Watch(TorchFunctionMode):
 class _Call:
     """One call: what it was given, and what its result has to be remembered for."""
 
-    __slots__ = ("args", "func", "inputs", "kwargs", "name", "out", "target", "tensors", "versions", "watch")
+    __slots__ = ("args", "func", "inputs", "kwargs", "live", "name", "out", "target", "tensors", "versions", "watch")
 
     def __init__(
         self, watch: Watch, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
@@ -245,6 +259,7 @@ class _Call:
         self.args, self.kwargs = args, kwargs
         self.name: str = getattr(func, "__name__", None) or str(func)
         self.tensors = tensors
+        self.live = any([tensor.requires_grad for tensor in tensors])  # detach_ ends it
         self.target = args[0] if args and isinstance(args[0], Tensor) else None
         self.out = list_tensors(kwargs["out"]) if "out" in kwargs else []
         # An in-place call changes grad_fn and version: look before it runs.
@@ -291,7 +306,7 @@ class _Call:
         unread = statistics if training else []
         watch = self.watch
         source = self._source(unread) if watch._written or watch._hidden.of_any(self.tensors) else None
-        live = any([tensor.requires_grad for tensor in self.tensors])
+        live = self.live
         alias = bool(watch._aliases) and any(watch._aliases.get(t) is not None for t in self.tensors)
         self._keep_statistics(statistics, training, live)
         if source is None and not live and not alias:

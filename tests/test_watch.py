@@ -103,6 +103,12 @@ def written_by_foreach(net: Net) -> Tensor:
     return (view.flatten() * net.w).sum()
 
 
+def detached_in_place(net: Net) -> Tensor:
+    h = net.w * 2
+    h.detach_()
+    return (h * net.w).sum()
+
+
 HIDDEN: list[Callable[[Net], Tensor]] = [
     hooks_around_relu,
     hooks_around_pool,
@@ -116,6 +122,7 @@ HIDDEN: list[Callable[[Net], Tensor]] = [
     written_by_an_overload,
     written_into_views,
     written_by_foreach,
+    detached_in_place,
 ]
 
 
@@ -190,3 +197,15 @@ def test_two_outputs_of_one_node_are_two_losses() -> None:
         first.backward(retain_graph=True)
         second.backward()
     assert list(step.certificate().reasons) == ["the loss is not finite"]
+
+
+@pytest.mark.parametrize("before", [False, True])
+def test_values_of_a_frozen_parameter_are_an_assumption(before: bool) -> None:
+    net = Net()
+    net.w.requires_grad = before
+    with Monitor(net, queue=0).step() as step:
+        net.w.requires_grad_(False)
+        h = net.w * 2
+        net.w.requires_grad = True
+        (h * net.w).sum().backward()
+    assert any("did not require grad" in assumption for assumption in step.certificate().assumptions)
