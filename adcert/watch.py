@@ -43,6 +43,18 @@ _READS = frozenset(
     untyped_storage storage data_ptr""".split()
 )
 _SWITCHES = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})  # type: ignore[attr-defined]
+# They hand out memory, or another tensor over it, that can be written to without a new version.
+_OPEN = frozenset(
+    {
+        getattr(Tensor, "data").__get__,  # noqa: B009 - the stubs know the value only
+        Tensor.numpy,
+        Tensor.__array__,
+        Tensor.__dlpack__,
+        Tensor.data_ptr,
+        Tensor.storage,
+        Tensor.untyped_storage,
+    }
+)
 _HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook"})
 _RELU = frozenset({F.relu, torch.relu, Tensor.relu})
 _RELU_INPLACE = frozenset({F.relu_, torch.relu_, Tensor.relu_})
@@ -157,6 +169,8 @@ class Watch(TorchFunctionMode):
             return self._backward(func, args, kwargs)
         tensors = list_tensors(args, kwargs)
         if not (any([t.requires_grad for t in tensors]) or self._concerned(tensors)):
+            if func in _OPEN:
+                self.assumptions[f"constants whose memory was handed out{caller()} are not written through it"] = None
             return func(*args, **kwargs)
         call = _Call(self, func, args, kwargs, tensors)
         output = self._recorded(func, args, kwargs)

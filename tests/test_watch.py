@@ -209,3 +209,16 @@ def test_values_of_a_frozen_parameter_are_an_assumption(before: bool) -> None:
         net.w.requires_grad = True
         (h * net.w).sum().backward()
     assert any("did not require grad" in assumption for assumption in step.certificate().assumptions)
+
+
+@pytest.mark.parametrize("reach", [lambda c: c.data, lambda c: c.numpy(), lambda c: c.untyped_storage()])
+def test_memory_of_a_constant_that_was_handed_out_is_an_assumption(reach: Callable[[Tensor], object]) -> None:
+    constant = torch.ones(4)
+
+    def loss(net: Net) -> Tensor:
+        product = (net.w * constant).sum()
+        reach(constant)
+        return product
+
+    assert any("memory was handed out" in assumption for assumption in observe(loss).assumptions)
+    assert not any("memory was handed out" in a for a in observe(lambda net: (net.w * constant).sum()).assumptions)
