@@ -21,7 +21,7 @@ from .analysis import StepAnalysis
 from .certificate import Certificate, Verdict
 from .conclusion import Observed, conclude, failed
 from .errors import AdcertError, UncertifiedError
-from .gradients import Gradients, examine
+from .gradients import examine
 from .lists import Rooms
 from .records import Recorder
 from .systems import Memory
@@ -103,7 +103,7 @@ class Step:
         start = time.perf_counter()
         try:
             with torch.no_grad(), torch._C.DisableTorchFunction():
-                gradients = _gradient_problems(analysis, self._recorder)
+                gradients = examine(analysis.leaves.trainable().items(), self._recorder.streams)
                 observed = analysis.observed(gradients, watch.assumptions)
         except Exception as error:  # the user's training goes on; the step is undecided, loudly
             observed = Observed.nothing(f"the analysis failed with {type(error).__name__}: {error}", analysis.strict)
@@ -124,10 +124,6 @@ class Step:
         if self._watch is not None:
             self._watch.forget()
         self._analysis = self._watch = None
-
-
-def _gradient_problems(analysis: StepAnalysis, recorder: Recorder) -> Gradients:
-    return examine(analysis.leaves.trainable().items(), recorder.streams)
 
 
 def summarize(number: int, certificate: Certificate) -> dict[str, Any]:

@@ -8,9 +8,9 @@
 #include <tuple>
 #include <type_traits>
 
+#include "pool.h"
 #include "pool_small.h"
 #include "pool_tile.h"
-#include "tensors.h"
 
 namespace adcert {
 namespace {
@@ -190,12 +190,14 @@ ADCERT_POOL(Float16)
 #undef ADCERT_POOL
 
 template <class T>
-Found pool_all(const Tensor& x, const Tensor& out, const Tensor& offsets, const Tensor& routes, const Window& window,
-               int64_t batch, int64_t channels, bool channels_last, bool relu) {
-  Job<T> job{static_cast<const T*>(x.const_data_ptr()),
-             static_cast<T*>(out.mutable_data_ptr()),
-             Offsets(offsets),
-             Offsets(routes),
+Found pool_all(const Pooling& p, bool relu) {
+  const Window& window = p.window;
+  const int64_t batch = p.batch, channels = p.channels;
+  const bool channels_last = p.channels_last;
+  Job<T> job{static_cast<const T*>(p.x.const_data_ptr()),
+             static_cast<T*>(p.out.mutable_data_ptr()),
+             Offsets(p.offsets),
+             Offsets(p.routes),
              window,
              channels};
   const int64_t units = batch * (channels_last ? 1 : channels) * window.height.count;
@@ -220,34 +222,17 @@ using Pairs = const std::vector<int64_t>&;
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> max_pool2d(
     const Tensor& x, std::vector<int64_t> kernel, std::vector<int64_t> stride, std::vector<int64_t> padding,
     std::vector<int64_t> dilation, bool ceil_mode, bool relu, int64_t capacity) {
-  check_floating(x, "max_pool2d");
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  const Window window = make_window(shape, kernel, stride, padding, dilation, ceil_mode);
-  check_cells(window);
-  const Tensor base = relu ? dense(x) : x;  // torch's pooling would see the strides of torch.relu(x)
-  const bool channels_last = looks_channels_last(base);
-  const Tensor from = in_format(base, channels_last);
-  const int64_t batch = shape.size() == 4 ? shape[0] : 1, channels = shape[shape.size() - 3];
-  shape[shape.size() - 2] = window.height.count;
-  shape[shape.size() - 1] = window.width.count;
-
-  // KH * KW itself means "no gradient" in routes and must fit as well.
-  const ScalarType byte_or_int = window.taps() <= 255 ? ScalarType::Byte : ScalarType::Int;
-  const Tensor out = empty(x, shape, x.scalar_type(), channels_last);
-  const Tensor offsets = empty(x, shape, byte_or_int, channels_last);
-  const Tensor routes = relu ? empty(x, shape, byte_or_int, channels_last) : empty(x, {0}, byte_or_int, false);
-  const Found found = by_dtype(x.scalar_type(), [&](auto zero) {
-    return pool_all<decltype(zero)>(from, out, offsets, routes, window, batch, channels, channels_last, relu);
-  });
+  const Pooling p = make_pooling(x, kernel, stride, padding, dilation, ceil_mode, relu);
+  const Found found = by_dtype(x.scalar_type(), [&](auto zero) { return pool_all<decltype(zero)>(p, relu); });
   return {
-      out,
-      offsets,
+      p.out,
+      p.offsets,
       to_list(found.windows, 1, capacity, false, x),
-      to_list(found.members, window.words(), capacity, true, x),
+      to_list(found.members, p.window.words(), capacity, true, x),
       to_list(found.touches, 1, relu ? capacity : std::min<int64_t>(capacity, 0), false, x),
       to_tensor(
           {static_cast<int64_t>(found.windows.size()), static_cast<int64_t>(found.touches.size()), found.nonfinite}, x),
-      routes};
+      p.routes};
 }
 
 }  // namespace

@@ -9,7 +9,7 @@
 #include <tuple>
 
 #include "lists.cuh"
-#include "window.h"
+#include "pool.h"
 
 namespace adcert {
 namespace {
@@ -281,27 +281,28 @@ __global__ __launch_bounds__(kThreads,
 }
 
 template <class T, class I, class O>
-Job<T, I, O> job_of(const Tensor& x, const Tensor& out, const Tensor& offsets, const Tensor& routes,
-                    const Window& window, int64_t batch, int64_t channels, const Lists& lists) {
-  return {static_cast<const T*>(x.const_data_ptr()),
-          static_cast<T*>(out.mutable_data_ptr()),
-          static_cast<O*>(offsets.mutable_data_ptr()),
-          static_cast<O*>(routes.mutable_data_ptr()),
-          window.as<I>(),
-          static_cast<I>(batch),
-          static_cast<I>(channels),
+Job<T, I, O> job_of(const Pooling& p, const Lists& lists) {
+  return {static_cast<const T*>(p.x.const_data_ptr()),
+          static_cast<T*>(p.out.mutable_data_ptr()),
+          static_cast<O*>(p.offsets.mutable_data_ptr()),
+          static_cast<O*>(p.routes.mutable_data_ptr()),
+          p.window.as<I>(),
+          static_cast<I>(p.batch),
+          static_cast<I>(p.channels),
           lists};
 }
 
 template <bool RELU, class T>
-void pool_all(const Place& place, const Tensor& x, const Tensor& out, const Tensor& offsets, const Tensor& routes,
-              const Window& window, int64_t batch, int64_t channels, bool channels_last, const Lists& lists) {
+void pool_all(const Place& place, const Pooling& p, const Lists& lists) {
   constexpr int V = kPack<T>;
-  const int64_t outputs = batch * channels * window.outputs();
+  const Window& window = p.window;
+  const Tensor &x = p.x, &offsets = p.offsets;
+  const int64_t channels = p.channels, outputs = p.batch * channels * window.outputs();
+  const bool channels_last = p.channels_last;
   const auto run = [&](auto kernel, auto index, auto offset, int64_t width) {
     using I = decltype(index);
     using O = decltype(offset);
-    place.launch(kernel, outputs / width, job_of<T, I, O>(x, out, offsets, routes, window, batch, channels, lists));
+    place.launch(kernel, outputs / width, job_of<T, I, O>(p, lists));
   };
   const int32_t narrow = 0;
   const int64_t wide = 0;
@@ -335,33 +336,18 @@ void pool_all(const Place& place, const Tensor& x, const Tensor& out, const Tens
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> max_pool2d(
     const Tensor& x, std::vector<int64_t> kernel, std::vector<int64_t> stride, std::vector<int64_t> padding,
     std::vector<int64_t> dilation, bool ceil_mode, bool relu, int64_t capacity) {
-  check_floating(x, "max_pool2d");
   check_capacity("max_pool2d", capacity);
-  std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-  const Window window = make_window(shape, kernel, stride, padding, dilation, ceil_mode);
-  check_cells(window);
-  const Tensor base = relu ? dense(x) : x;  // torch's pooling would see the strides of torch.relu(x)
-  const bool channels_last = looks_channels_last(base);
-  const Tensor from = in_format(base, channels_last);
-  const int64_t batch = shape.size() == 4 ? shape[0] : 1, channels = shape[shape.size() - 3];
-  shape[shape.size() - 2] = window.height.count;
-  shape[shape.size() - 1] = window.width.count;
-
-  // KH * KW itself means "no gradient" in routes and must fit as well.
-  const ScalarType byte_or_int = window.taps() <= 255 ? ScalarType::Byte : ScalarType::Int;
-  const Tensor out = empty(x, shape, x.scalar_type(), channels_last);
-  const Tensor offsets = empty(x, shape, byte_or_int, channels_last);
-  const Tensor routes = relu ? empty(x, shape, byte_or_int, channels_last) : empty(x, {0}, byte_or_int, false);
+  const Pooling p = make_pooling(x, kernel, stride, padding, dilation, ceil_mode, relu);
   const Place place(x);
-  const Record record(place, x, capacity, window.words(), relu);
+  const Record record(place, x, capacity, p.window.words(), relu);
   by_dtype(x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
     if (relu)
-      pool_all<true, T>(place, from, out, offsets, routes, window, batch, channels, channels_last, record.lists());
+      pool_all<true, T>(place, p, record.lists());
     else
-      pool_all<false, T>(place, from, out, offsets, routes, window, batch, channels, channels_last, record.lists());
+      pool_all<false, T>(place, p, record.lists());
   });
-  return {out, offsets, record.windows, record.members, record.touches, record.counts, routes};
+  return {p.out, p.offsets, record.windows, record.members, record.touches, record.counts, p.routes};
 }
 
 }  // namespace
