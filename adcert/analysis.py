@@ -168,6 +168,7 @@ class StepAnalysis:
         self._settle_rows(scope, fresh)
         self._settle_pending(scope, fresh)
         for record, found in fresh.items():
+            self.failures.update(dict.fromkeys(found.outside))
             earlier = self.findings.get(record)
             if earlier is not None:  # a second backward through the same graph: both losses' rows count
                 found.rowsets += earlier.rowsets

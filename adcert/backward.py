@@ -22,7 +22,7 @@ from .differences import Differences
 from .layers import Graph, kind_of, shape_of
 from .normalization import BATCH_NORM
 from .records import Node
-from .slices import Slices, concatenate, padded, seeds, through_record
+from .slices import Slices, concatenate, padded, reduced, seeds, through_record, through_slopes
 from .vjp import RULES, Unsupported
 
 BUDGET = 256 << 20  # bytes a batch of rows may take
@@ -125,7 +125,10 @@ class Pass:
         if record is not None and self.local:
             return
         if record is not None:
-            self.send(record.edge, through_record(record, g))
+            self.send(record.edge, through_record(self.count, record, g))
+            own = record.own_edge
+            if own[0] is not None:
+                self.send(own, reduced(self.count, through_slopes(record, g), padded(shape_of(*own))))
         elif leaf is not None:
             shape = padded(tuple(self.graph.leaves.tensor(leaf).shape))
             full = g.data.value.new_zeros(self.count, shape[0], *shape[1:])

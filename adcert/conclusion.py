@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from .certificate import Block, Certificate, LayerReport, Verdict
+from .choices import Ties
 from .differences import RowSet
 from .findings import Findings
 from .gradients import Gradients
@@ -29,11 +30,12 @@ class Prints:
 
     @classmethod
     def of(cls, record: OpRecord) -> Prints:
-        header = repr((record.relu, record.input_shape))
+        rho = None if record.rho is None else (record.rho.name, record.rho.arguments)
+        header = repr((rho, record.input_shape))
         if record.ties is None:
             return cls(header, (record.touches,))
-        lists = (record.touches, record.ties.windows, record.ties.members)
-        return cls(header + repr(record.ties.window), lists)
+        window = repr(record.ties.window) if isinstance(record.ties, Ties) else ""
+        return cls(header + window, (record.touches, *record.ties.lists()))
 
     def digest(self) -> str:
         """sha256."""

@@ -8,17 +8,16 @@ bias settles touches) only where that bias is really there.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from .bias import Bias
+from .choices import Choice, Ties
 from .differences import Differences, Expansion, Part, RowSet, groups_of, unit_parts
-from .equality import base_of, follow_to, maximisers, prove_expansion_zero, tied_pairs
+from .equality import base_of, follow_to, prove_expansion_zero, prove_zero, tied_pairs
 from .findings import Findings, Pending, Scope
 from .layers import Graph
-from .records import OpRecord, Ties
+from .records import OpRecord
 from .relevance import rectified, relevant_inputs, relevant_outputs
 from .rows import expand
 from .stages import stages_above
@@ -38,51 +37,91 @@ def decide_record(scope: Scope, record: OpRecord) -> Findings:
 
 
 def _touches(scope: Scope, record: OpRecord, found: Findings) -> None:
-    units = record.touches
+    units, sides = record.touched()
     if len(units) and not scope.strict:
         keep = relevant_inputs(scope.graph, record, units)
         found.exemptions["irrelevant"] += int((~keep).sum())
-        units = units[keep]
+        units, sides = units[keep], sides[keep]
     top = record
     source = scope.graph.record_of.get(top.edge[0])
     while source is not None and rectified(scope.graph, source):  # max 0 under a ReLU: every maximiser touches
-        top, units = source, maximisers(source, units)
+        assert isinstance(source.ties, Ties)
+        top, units = source, source.ties.maximisers(units)
+        sides = torch.full_like(units, -1)
         source = scope.graph.record_of.get(top.edge[0])
     if len(units):
-        base = base_of(scope.graph, top, scope.strict)
-        touched = Differences(torch.full_like(units, -1), units)
-        _settle(scope, base, follow_to(scope.graph, top, base, touched), None, "touch", found)
+        zero = torch.full_like(units, -1)
+        _undirected(scope, top, Differences(zero, units).select(sides == 0), found)
+        touched = Differences(torch.where(sides > 0, units, zero), torch.where(sides > 0, zero, units))
+        _lowered(scope, top, touched.select(sides != 0), None, "touch", found)
 
 
-def _ties(scope: Scope, record: OpRecord, ties: Ties, found: Findings) -> None:
+def _undirected(scope: Scope, record: OpRecord, differences: Differences, found: Findings) -> None:
+    """Touches at which AD's proxy is no one-sided derivative: fine only where the gradient is zero."""
+    if len(differences) == 0:
+        return
+    zero = prove_zero(scope.graph, record, differences)
+    found.exemptions["zero gradient"] += int(zero.sum())
+    left = int((~zero).sum())
+    if left:
+        found.doubts.append(
+            f"{record.name}: {left} units at a kink where autodiff's derivative is none of the two one-sided ones"
+        )
+
+
+def _lowered(
+    scope: Scope, record: OpRecord, differences: Differences, windows: Tensor | None, rule: str, found: Findings
+) -> None:
+    """Settle differences of y of ``record`` at its base; where slopes in between differ, where they are."""
+    base = base_of(scope.graph, record, scope.strict)
+    lower, good = follow_to(scope.graph, record, base, differences)
+    for place, d, mask in ((base, lower, good), (record, differences, ~good)):
+        if bool(mask.any()):
+            _settle(scope, place, d.select(mask), None if windows is None else windows[mask], rule, found)
+
+
+def _ties(scope: Scope, record: OpRecord, ties: Ties | Choice, found: Findings) -> None:
     ties = _needed(scope, record, ties, found)
     if len(ties.windows) == 0:
         return
     base = base_of(scope.graph, record, scope.strict)
-    stages = stages_above(scope.graph, record, base, scope.ranks.order.own[base])
-    if stages is not None:
+    stages = stages_above(scope.graph, record, base, scope.ranks.order.own[base]) if isinstance(ties, Ties) else None
+    if stages is not None and isinstance(ties, Ties):
         windows, differences = resolve(scope, record, ties, stages, found)
-    else:
-        windows, differences = tied_pairs(record, ties)
-        differences = follow_to(scope.graph, record, base, differences)
-    if len(windows):
-        _settle(scope, base, differences, windows, "tie", found)
+        if len(windows):
+            _settle(scope, base, differences, windows, "tie", found)
+        return
+    windows, differences = tied_pairs(ties)
+    if ties.even:
+        _even(scope, record, differences, windows, found)
+    elif len(windows):
+        _lowered(scope, record, differences, windows, "tie", found)
 
 
-def _needed(scope: Scope, record: OpRecord, ties: Ties, found: Findings) -> Ties:
+def _even(scope: Scope, record: OpRecord, differences: Differences, windows: Tensor, found: Findings) -> None:
+    """AD splits the gradient evenly among tied units: right if all of them have the same one (any convex sum is it)."""
+    equal = prove_zero(scope.graph, record, differences)
+    found.exemptions["congruent"] += int(equal.sum())
+    found.open.append(windows[~equal])
+    left = int((~equal).sum())
+    if left:
+        found.outside.append(f"{record.name}: autodiff splits the gradient evenly in {left} ties: not covered")
+
+
+def _needed(scope: Scope, record: OpRecord, ties: Ties | Choice, found: Findings) -> Ties | Choice:
     """The ties that need a decision at all: E2 and E3 discharge the others."""
     if len(ties.windows) and rectified(scope.graph, record):
         ties = _kept(ties, take(record.output, ties.windows) > 0, "flat", found)
-    if len(ties.windows) and not scope.strict:
+    if len(ties.windows) and not scope.strict and not ties.linked:
         ties = _kept(ties, relevant_outputs(scope.graph, record, ties.windows), "irrelevant", found)
     return ties
 
 
-def _kept(ties: Ties, keep: Tensor, rule: str, found: Findings) -> Ties:
+def _kept(ties: Ties | Choice, keep: Tensor, rule: str, found: Findings) -> Ties | Choice:
     if bool(keep.all()):
         return ties
-    found.exemptions[rule] += ties.pairs(~keep)
-    return replace(ties, windows=ties.windows[keep], members=ties.members[keep])
+    found.exemptions[rule] += ties.count(~keep)
+    return ties.select(keep)
 
 
 def _settle(

@@ -13,47 +13,44 @@ import math
 import torch
 from torch import Tensor
 
+from .choices import Choice, Ties
 from .differences import Differences, Expansion
 from .layers import Graph
-from .records import OpRecord, Ties
+from .records import OpRecord
 from .rows import expand
-from .transfer import take
 
 
 def selected_inputs(record: OpRecord, units: Tensor) -> Tensor:
     """Flat indices of y that AD selects for these outputs of ``record``, whatever the slope there."""
-    if record.ties is None:
-        return units
-    return cell_inputs(record, units, take(record.ties.offsets, units).to(torch.int64))
+    return units if record.ties is None else record.ties.selected(units)
 
 
-def cell_inputs(record: OpRecord, windows: Tensor, cells: Tensor) -> Tensor:
-    """Flat indices of y of the in-window cells ``kh * KW + kw`` of output units ``windows``."""
-    assert record.ties is not None
-    window = record.ties.window
-    *_, height, width = record.input_shape
-    out_h, out_w = record.output.shape[-2:]
-    line = windows // out_w  # divisions of int64 are what this function costs
-    plane = line // out_h
-    row = (line - plane * out_h) * window.stride[0] - window.padding[0]
-    column = (windows - line * out_w) * window.stride[1] - window.padding[1]
-    cell = torch.arange(window.kernel[0] * window.kernel[1])
-    inside = cell // window.kernel[1] * (window.dilation[0] * width) + cell % window.kernel[1] * window.dilation[1]
-    return (plane * height + row) * width + column + inside[cells]
+def follow(record: OpRecord, differences: Differences) -> tuple[Differences, Tensor]:
+    """Differences of outputs of ``record`` as differences of its inputs, up to a positive factor of each.
 
-
-def follow(record: OpRecord, differences: Differences) -> Differences:
-    """Differences of outputs of ``record`` as differences of its inputs; units of slope 0 become the zero function."""
-
-    def source(units: Tensor) -> Tensor:
-        known = units >= 0
-        safe = units.clamp(min=0)
-        inputs = selected_inputs(record, safe)
-        if record.relu:
-            known = known & (take(record.output, safe) > 0)
-        return torch.where(known, inputs, -1)
-
-    return Differences(source(differences.plus), source(differences.minus))
+    Units of slope 0 become the zero function. Also the mask of differences for which that is what they are: not those
+    of two units with different slopes.
+    """
+    known = [index >= 0 for index in (differences.plus, differences.minus)]
+    safe = [index.clamp(min=0) for index in (differences.plus, differences.minus)]
+    slopes = [record.slopes(units) for units in safe]
+    alive = [there & ~slope.zero() for there, slope in zip(known, slopes, strict=True)]
+    plus, minus = (
+        torch.where(there, selected_inputs(record, units), -1) for there, units in zip(alive, safe, strict=True)
+    )
+    if record.rho is None or record.relu:
+        return Differences(plus, minus), torch.ones(len(differences), dtype=torch.bool)
+    good = torch.stack([slope.nonzero() | ~there for there, slope in zip(alive, slopes, strict=True)]).all(0)
+    same = slopes[0].value == slopes[1].value
+    if record.rho.derivative is not None and slopes[0].radius is not None:  # on curves equal values only
+        same &= (slopes[0].radius == 0) | (record.values(safe[0]) == record.values(safe[1]))
+    good &= ~(alive[0] & alive[1]) | same
+    if record.own_edge[0] is not None:  # the slopes are parameters: dz / da = min(y, 0)
+        y = [torch.where(there, record.values(units), 0) for there, units in zip(known, safe, strict=True)]
+        good &= y[0].clamp(max=0) == y[1].clamp(max=0)
+    turned = torch.where(alive[0], slopes[0].value, slopes[1].value) < 0
+    plus, minus = torch.where(turned, minus, plus), torch.where(turned, plus, minus)
+    return Differences(plus, minus), good
 
 
 def base_of(graph: Graph, record: OpRecord, strict: bool) -> OpRecord:
@@ -72,12 +69,14 @@ def base_of(graph: Graph, record: OpRecord, strict: bool) -> OpRecord:
         record, steps = source, steps + 1
 
 
-def follow_to(graph: Graph, record: OpRecord, base: OpRecord, differences: Differences) -> Differences:
-    """Differences of y of ``record`` as differences of y of its ``base``."""
+def follow_to(graph: Graph, record: OpRecord, base: OpRecord, differences: Differences) -> tuple[Differences, Tensor]:
+    """Differences of y of ``record`` as differences of y of its ``base``, and for which that holds (:func:`follow`)."""
+    good = torch.ones(len(differences), dtype=torch.bool)
     while record is not base:
         record = graph.record_of[record.edge[0]]
-        differences = follow(record, differences)
-    return differences
+        differences, kept = follow(record, differences)
+        good &= kept
+    return differences, good
 
 
 def prove_zero(graph: Graph, record: OpRecord, differences: Differences) -> Tensor:
@@ -109,7 +108,8 @@ def prove_expansion_zero(graph: Graph, expansion: Expansion) -> Tensor:
         owners = torch.zeros(int(max(item.owner.max(), needed.max())) + 1, dtype=torch.bool)
         owners[needed] = True
         picked = torch.nonzero(owners[item.owner]).flatten()
-        below = prove_zero(graph, item.record, follow(item.record, item.differences.select(picked)))
+        source, kept = follow(item.record, item.differences.select(picked))
+        below = prove_zero(graph, item.record, source) & kept
         bad = torch.zeros_like(owners)
         bad[item.owner[picked[~below]]] = True
         known = item.inverse >= 0
@@ -117,28 +117,7 @@ def prove_expansion_zero(graph: Graph, expansion: Expansion) -> Tensor:
     return good
 
 
-def tied_members(ties: Ties) -> tuple[Tensor, Tensor]:
-    """(window, cell) of every member of every tie, int64 [M] each, windows ascending."""
-    kernel = ties.window.kernel[0] * ties.window.kernel[1]
-    bits = torch.arange(min(kernel, 64))
-    held = ((ties.members[:, :, None] >> bits) & 1).flatten(1)[:, :kernel]
-    which, cells = torch.nonzero(held, as_tuple=True)
-    return ties.windows[which], cells
-
-
-def tied_pairs(record: OpRecord, ties: Ties) -> tuple[Tensor, Differences]:
-    """(window, selected member minus other member) of every pair of these ties of a record."""
-    owner, cells = tied_members(ties)
-    members, chosen = cell_inputs(record, owner, cells), selected_inputs(record, owner)
-    other = members != chosen
-    return owner[other], Differences(chosen[other], members[other])
-
-
-def maximisers(record: OpRecord, windows: Tensor) -> Tensor:
-    """Distinct flat input indices of all members of the argmax sets of these windows (int64, flat output indices)."""
-    assert record.ties is not None
-    owner, cells = tied_members(record.ties)
-    mine = torch.isin(owner, windows)
-    members = torch.cat([selected_inputs(record, windows), cell_inputs(record, owner[mine], cells[mine])])
-    distinct: Tensor = torch.unique(members)
-    return distinct
+def tied_pairs(ties: Ties | Choice) -> tuple[Tensor, Differences]:
+    """(window, unit that has to win minus unit that has to lose) of every pair of these ties."""
+    owner, plus, minus = ties.pairs()
+    return owner, Differences(plus, minus)

@@ -94,6 +94,7 @@ class Findings:
     bulk: list[Bulk] = field(default_factory=list)
     pending: list[Pending] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)  # what no theorem covers: nothing can be concluded
     open: list[Tensor] = field(default_factory=list)  # windows with a member that is not in T_j, in pieces
     unlisted: int = 0  # rows that were counted only, since others prove a system empty
     partial: int = 0  # differences that went through the partial backward engine, and the seconds they took

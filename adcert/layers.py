@@ -137,6 +137,7 @@ class Graph:
                 stack.append(node)
 
         visit(record.edge[0], record.node)
+        visit(record.own_edge[0], record.node)  # read by the operation itself: of its layer, but not above its y
         while stack:
             user = stack.pop()
             for source, _ in user.next_functions:

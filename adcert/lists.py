@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from .choices import Ties
 from .transfer import Arrival, Batch, follow
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ class Coming:
         arrived = iter(Arrival([t for each in lists for t in each]).wait())
         for record in self._records:
             record.touches, indices, members = next(arrived), next(arrived), next(arrived)
-            if record.ties is not None:
+            if isinstance(record.ties, Ties):
                 record.ties = replace(record.ties, windows=indices, members=members)
             record.listed = True
         self._records = []
@@ -90,7 +91,7 @@ def _lists(record: OpRecord, windows: int, touches: int) -> tuple[Tensor, Tensor
     """Touches, windows and members of a record, ascending; what is empty needs no copy and is on the host already."""
     nothing = torch.zeros(0, dtype=torch.int64, device="cpu")
     touched = _sorted(record.touches[:touches], record)[0] if touches else nothing
-    if record.ties is None:
+    if not isinstance(record.ties, Ties):
         return touched, nothing, nothing
     members = record.ties.members
     if windows == 0:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from . import records
-from .records import Window
+from .choices import Window
 
 
 def pair(value: int | tuple[int, ...] | list[int]) -> tuple[int, int]:

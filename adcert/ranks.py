@@ -8,6 +8,7 @@ from collections import defaultdict
 import torch
 
 from .bias import Bias, bias_of
+from .choices import Ties
 from .equality import base_of, follow_to, tied_pairs
 from .findings import Ranks
 from .layers import Graph, Order
@@ -54,9 +55,11 @@ def _splits(
 
 def _same_bias(graph: Graph, pooling: OpRecord, base: OpRecord, bias: Bias) -> bool:
     """Do the tied units of every window of a pooling add the same entry of the bias?"""
-    if bias.run % math.prod(base.input_shape[-2:]) == 0:
+    if isinstance(pooling.ties, Ties) and bias.run % math.prod(base.input_shape[-2:]) == 0:
         return True  # windows stay inside one plane, and so does the bias
     assert pooling.ties is not None
-    d = follow_to(graph, pooling, base, tied_pairs(pooling, pooling.ties)[1])
+    d, good = follow_to(graph, pooling, base, tied_pairs(pooling.ties)[1])
+    if not bool(good.all()):
+        return False
     both = (d.plus >= 0) & (d.minus >= 0)
     return torch.equal(bias.group(d.plus[both]), bias.group(d.minus[both]))

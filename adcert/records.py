@@ -8,66 +8,38 @@ one :class:`OpRecord` for each call. Outside a step nothing is active and nothin
 from __future__ import annotations
 
 import contextlib
-import math
 import threading
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import ops
+from . import activations, ops
+from .activations import Activation
+from .balls import Ball
+from .choices import Choice, Ties, Window
 from .lists import Rooms
+from .transfer import take
 
+Own = Tensor | Callable[[Any], Tensor] | None
 Node = Any  # torch.autograd.graph.Node; C++ nodes are not instances of the Python class
-
-
-@dataclass(frozen=True)
-class Window:
-    """Geometry of a two-dimensional pooling window, each entry (height, width)."""
-
-    kernel: tuple[int, int]
-    stride: tuple[int, int]
-    padding: tuple[int, int]
-    dilation: tuple[int, int]
-
-    def most(self, shape: Sequence[int]) -> int:
-        """An upper bound of the windows, and of the input units, for an input of this shape."""
-        *planes, height, width = shape
-        return math.prod(planes) * (height + 2 * self.padding[0]) * (width + 2 * self.padding[1])
-
-
-@dataclass(frozen=True, eq=False)
-class Ties:
-    """Argmax sets of a max pooling.
-
-    ``windows``: int64 [T], flat output indices (logical row-major) of windows with two or more maximisers.
-    ``members``: int64 [T, W], bit ``kh * KW + kw`` is set iff that cell attains the maximum.
-    ``offsets``: in-window offset of the member AD selects, for every output; on the device of the output.
-    """
-
-    windows: Tensor
-    members: Tensor
-    offsets: Tensor
-    window: Window
-
-    def pairs(self, mask: Tensor) -> int:
-        """Number of (selected, other) pairs in the windows of this mask."""
-        bits = torch.arange(min(64, self.window.kernel[0] * self.window.kernel[1]))
-        held = ((self.members[mask][:, :, None] >> bits) & 1).sum()
-        return int(held) - int(mask.sum())
 
 
 @dataclass(eq=False)
 class OpRecord:
     """One nonsmooth operation of the step: ``z = phi(rho(y))`` in the notation of Park, Chun, Lee (2024).
 
-    ``relu``: rho is the ReLU (proxy 0 at its kink), else the identity. ``ties`` is None when phi is the identity.
-    ``node`` is the autograd node of the output; its first input edge leads to y. ``touches``: int64 [M], flat
-    indices of y with ``y == 0``. ``output`` shares its memory with z, at version ``version``, or with relu(z) if a
-    recorded ReLU has overwritten it: only its sign may be read. It is let go when the last backward pass starts.
+    ``rho``: the activation, None for the identity. ``ties``: what phi chose, None where phi is the identity. ``node``
+    is the autograd node of the output; its first input edge leads to y, a second one to PReLU's slopes. ``touches``:
+    int64 [M], ``K unit + k`` for every flat unit of y that equals the k-th of the K kinks of rho. ``output`` shares its
+    memory with z, at version ``version``, or with relu(z) if a recorded ReLU has overwritten it: only its sign may be
+    read. It is let go when the last backward pass starts.
+
+    ``seen``: where AD's slopes are read for every rho but the ReLU: y itself, or codes of :meth:`Activation.code` where
+    y has been overwritten. ``left``: PReLU's or RReLU's own slopes, broadcast to y.
 
     ``listed``: the lists and ``counts`` are on the host, whole and ascending. On a GPU they are not until
     :class:`adcert.lists.Coming` has brought them; ``room``: how many entries each has room for there, None if it is
@@ -76,8 +48,8 @@ class OpRecord:
 
     name: str
     node: Node
-    relu: bool
-    ties: Ties | None
+    rho: Activation | None
+    ties: Ties | Choice | None
     touches: Tensor
     counts: Tensor
     output: Tensor
@@ -85,8 +57,17 @@ class OpRecord:
     input_shape: tuple[int, ...]
     room: int | None = None
     listed: bool = True
+    seen: Tensor | None = None
+    seen_version: int = 0
+    left: Tensor | None = None
+    sides: tuple[int, ...] = (-1,)
     released: bool = False
     overflow: str = ""
+
+    @property
+    def relu(self) -> bool:
+        """Is rho the ReLU with proxy 0?"""
+        return self.rho is not None and self.rho.name == "relu"
 
     @property
     def edge(self) -> tuple[Node, int]:
@@ -94,15 +75,45 @@ class OpRecord:
         edge: tuple[Node, int] = self.node.next_functions[0]
         return edge
 
+    @property
+    def own_edge(self) -> tuple[Node, int]:
+        """The edge of PReLU's slopes; the node is None for everything else."""
+        edges: tuple[tuple[Node, int], ...] = self.node.next_functions
+        return edges[1] if self.rho is not None and self.rho.name == "prelu" and len(edges) > 1 else (None, 0)
+
+    def values(self, units: Tensor) -> Tensor:
+        """y, where it is kept, at flat units."""
+        assert self.seen is not None
+        return take(self.seen, units)
+
+    def slopes(self, units: Tensor) -> Ball:
+        """AD's rho' for flat outputs (of a fused ReLU and pooling: at the units they select)."""
+        if self.rho is None:
+            return Ball(torch.ones(units.shape, dtype=torch.float64))
+        if self.relu:
+            return Ball((take(self.output, units) > 0).to(torch.float64))
+        found = self.values(units)
+        left = None if self.left is None else take(self.left.expand(self.input_shape), units)
+        if found.dtype == torch.uint8:
+            return self.rho.slope(found, self.output, None, left)
+        return self.rho.slope(self.rho.code(found), self.output, found, left)
+
+    def touched(self) -> tuple[Tensor, Tensor]:
+        """(flat unit, side of AD's proxy) of every touch, int64 [M] each."""
+        count = max(1, len(self.sides))
+        return self.touches // count, torch.tensor(self.sides)[self.touches % count]
+
     def release(self) -> None:
         """Let go of the activations; the counts stay."""
         self.released = True
         self.output = self.output.new_empty(0)
-        if self.ties is not None:
-            self.ties = None
+        self.seen = self.left = None
+        self.ties = None
 
     def altered(self) -> bool:
-        """True if the output was modified in place after it was recorded."""
+        """True if what has to be read was modified in place after it was recorded."""
+        if self.seen is not None:
+            return bool(self.seen._version != self.seen_version)
         return bool(self.output._version != self.version)
 
 
@@ -127,6 +138,8 @@ class Recorder:
         self.streams: dict[torch.cuda.Stream, None] = {}
         self._names = names or {}
         self._uses: dict[str, int] = {}
+        self._name = ""
+        self.named: str | None = None  # the module that is running, if it is one of ours
 
     def clear(self) -> None:
         self.records.clear()
@@ -141,33 +154,109 @@ class Recorder:
         """``torch.relu`` (in place if asked), recording the units that touch the kink at 0."""
         with torch._C.DisableTorchFunction():
             if _recordable(x):
-                self._read(x, name)
-                name = self._unique(name)
+                name = self._begin(x, name)
                 room = self.rooms.of(name, x.numel()) if x.is_cuda else None
                 output, touches, counts = self._relu_in_place(x, room) if inplace else ops.relu(x, room)
-                self._add(name, output, tuple(x.shape), True, None, touches, counts, room)
+                self._add(output, output.grad_fn, x.shape, _RELU, None, touches, counts, room)
                 return output
         return F.relu(x, inplace=inplace)
+
+    def kinked(
+        self, x: Tensor, rho: Activation, name: str, run: Callable[[], Tensor], left: Own = None, inplace: bool = False
+    ) -> Tensor:
+        """``run()``, which applies ``rho`` to ``x`` by torch's own operation, with the units that touch a kink.
+
+        ``left``: slopes below the kink that are not rho's own, broadcast to x: a tensor (PReLU), or read from the node
+        that was made (RReLU). Where y is overwritten, codes of a byte tell AD's slopes, or a copy if they are curved.
+        """
+        with torch._C.DisableTorchFunction():
+            if not (_recordable(x) or (isinstance(left, Tensor) and _recordable(left))):
+                return run()
+            sides = rho.sides(x)
+            if sides is None:
+                return run()
+            source = _edge_of(x)
+            touches, counts, room = self._touches(x, rho, self._begin(x, name))
+            seen = x.detach()
+            if inplace:
+                seen = seen.clone() if rho.derivative is not None else rho.code(seen)
+            output = run()
+            node = _node_from(output, source)
+            if node is not None:
+                record = self._add(output, node, x.shape, rho, None, touches, counts, room)
+                own = left(node) if callable(left) else left
+                record.seen, record.seen_version, record.sides = seen, seen._version, sides
+                record.left = None if own is None else own.detach()
+            return output
+
+    def chosen(self, x: Tensor, name: str, run: Callable[[], Any], choice: Callable[[Any], Choice]) -> Any:
+        """``run()``, a selection from ``x`` by torch's own operation; ``choice`` of its result is what it chose.
+
+        The first tensor of the result is the selection. On a GPU this waits for the device.
+        """
+        with torch._C.DisableTorchFunction():
+            if not _recordable(x):
+                return run()
+            source = _edge_of(x)
+            self._begin(x, name)
+            result = run()
+            output = result if isinstance(result, Tensor) else result[0]
+            node = _node_from(output, source)
+            if node is None:
+                return result
+            with torch.no_grad():
+                seen = choice(result)
+                wrong = int((~torch.isfinite(x)).sum())
+            counts = torch.tensor([len(seen.windows), 0, wrong], device="cpu")
+            nothing = torch.zeros(0, dtype=torch.int64, device="cpu")
+            self._add(output, node, x.shape, None, _on_host(seen), nothing, counts, None).listed = True
+            return result
 
     def max_pool2d(self, x: Tensor, name: str, window: Window, *, ceil_mode: bool, relu: bool = False) -> Tensor:
         """``max_pool2d`` of ``x``, or of ``relu(x)``, recording touches and ties in the same pass."""
         geometry = window.kernel, window.stride, window.padding, window.dilation
         with torch._C.DisableTorchFunction():
             if _recordable(x):
-                self._read(x, name)
-                name = self._unique(name)
+                name = self._begin(x, name)
                 room = self.rooms.of(name, window.most(x.shape)) if x.is_cuda else None
                 result = ops.max_pool2d(x, *geometry, ceil_mode, relu=relu, capacity=room)
-                ties = Ties(result.windows, result.members, result.offsets, window)
-                self._add(name, result.output, tuple(x.shape), relu, ties, result.touches, result.counts, room)
+                ties = Ties(result.windows, result.members, result.offsets, window, tuple(x.shape))
+                rho = _RELU if relu else None
+                node = result.output.grad_fn
+                self._add(result.output, node, x.shape, rho, ties, result.touches, result.counts, room)
                 return result.output
         a = F.relu(x) if relu else x
         output: Tensor = F.max_pool2d(a, *geometry, ceil_mode)
         return output
 
-    def _read(self, x: Tensor, name: str) -> None:
+    def _begin(self, x: Tensor, name: str) -> str:
+        """Tell the witness that ``x`` is read; the record's own name, which :meth:`_add` uses."""
         if self.witness is not None:
             self.witness.reads(x, name)
+        self._name = self._unique(name)
+        return self._name
+
+    def _touches(self, x: Tensor, rho: Activation, name: str) -> tuple[Tensor, Tensor, int | None]:
+        """The list ``K unit + k`` of all K kinks, the counts, and how much room the list had."""
+        kinks = rho.kinks
+        if len(kinks) == 1:
+            room = self.rooms.of(name, x.numel()) if x.is_cuda else None
+            seen = ops.touches(x, kinks[0], room)
+            return seen.touches, seen.counts, room
+        each = [ops.touches(x, kink) for kink in kinks]
+        found = torch.cat([len(kinks) * seen.touches + k for k, seen in enumerate(each)]).sort().values
+        counts = each[0].counts.clone()
+        counts[1] = found.numel()
+        return found, counts, None
+
+    @contextlib.contextmanager
+    def naming(self, module: object, default: str) -> Iterator[None]:
+        """What is recorded meanwhile bears the module's name."""
+        before, self.named = self.named, self.name_of(module, default)
+        try:
+            yield
+        finally:
+            self.named = before
 
     def ran_on(self, device: torch.device) -> None:
         """Something of the step was enqueued on the current stream of a GPU."""
@@ -193,23 +282,68 @@ class Recorder:
 
     def _add(
         self,
-        name: str,
         output: Tensor,
-        shape: tuple[int, ...],
-        relu: bool,
-        ties: Ties | None,
+        node: Node,
+        shape: Sequence[int],
+        rho: Activation | None,
+        ties: Ties | Choice | None,
         touches: Tensor,
         counts: Tensor,
         room: int | None,
-    ) -> None:
+    ) -> OpRecord:
         """Keep what was seen; the caller has switched the function mode off."""
         kept, version = output.detach(), output._version
-        record = OpRecord(
-            name, output.grad_fn, relu, ties, touches, counts, kept, version, shape, room, not output.is_cuda
-        )
+        if node is not output.grad_fn:  # between views: the operation's own shapes count
+            kept, above = kept.reshape(node._input_metadata[0].shape), node.next_functions[0]
+            shape = shape if above[0] is None else above[0]._input_metadata[above[1]].shape
+        record = OpRecord(self._name, node, rho, ties, touches, counts, kept, version, tuple(shape), room)
+        record.listed = not output.is_cuda
         self.records.append(record)
         if output.is_cuda:
             self.ran_on(output.device)
+        return record
+
+
+_RELU = activations.relu()
+_VIEWS = ("Squeeze", "Unsqueeze", "View", "UnsafeView", "ReshapeAlias", "Alias")
+
+
+def _edge_of(x: Tensor) -> tuple[Any, int]:
+    """The autograd edge of a tensor: (node, or a leaf itself, or None for a constant; output number)."""
+    return (x.grad_fn, x.output_nr) if x.grad_fn is not None else (x if x.requires_grad else None, 0)
+
+
+def _node_from(output: Tensor, source: tuple[Any, int]) -> Node | None:
+    """The node that made ``output`` from the tensor at ``source``, itself or between views; None if it did otherwise.
+
+    A cast in between (autocast) would mean that the operation saw other values than we did.
+    """
+    node = output.grad_fn
+    while node is not None:
+        above = node.next_functions[0]
+        while above[0] is not None and not _is(above, source) and _kind(above[0]) in _VIEWS:
+            above = above[0].next_functions[0]
+        if _kind(node) not in _VIEWS:
+            return node if _is(above, source) else None
+        node = node.next_functions[0][0]
+    return None
+
+
+def _kind(node: Node) -> str:
+    name: str = node.name().rstrip("0123456789")
+    return name.removesuffix("Backward")
+
+
+def _is(edge: tuple[Node, int], source: tuple[Any, int]) -> bool:
+    if isinstance(source[0], Tensor):
+        return edge[0] is not None and getattr(edge[0], "variable", None) is source[0]
+    return edge == source or (edge[0] is None and source[0] is None)
+
+
+def _on_host(choice: Choice) -> Choice:
+    """The lists on the host; where every output came from stays on the device."""
+    windows, owner, plus, minus = (t.cpu() for t in (choice.windows, choice.owner, choice.plus, choice.minus))
+    return replace(choice, windows=windows, owner=owner, plus=plus, minus=minus)
 
 
 def _recordable(x: Tensor) -> bool:

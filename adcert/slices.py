@@ -11,9 +11,7 @@ from torch import Tensor
 from . import balls
 from .balls import Ball
 from .differences import Differences
-from .equality import cell_inputs
 from .records import OpRecord
-from .transfer import pick
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,35 +80,46 @@ def seeds(differences: Differences, shape: tuple[int, ...]) -> Slices:
     return Slices(row, unit // inner, Ball(data.reshape(len(row), *shape[1:])), shape).merged()
 
 
-def _rows(t: Tensor, sample: Tensor) -> Tensor:
-    return pick(t if t.dim() else t.reshape(1), sample)
-
-
-def through_record(record: OpRecord, g: Slices) -> Slices:
-    """AD's backward of a recorded operation: scatter to the selected member, times the proxy of rho."""
+def through_record(count: int, record: OpRecord, g: Slices) -> Slices:
+    """AD's backward of a recorded operation, towards y: scatter to the selected inputs, times the proxy of rho."""
     shape = padded(tuple(record.output.shape))
-    data = g.data
-    if record.relu:
-        slope = (_rows(record.output, g.sample) > 0).to(torch.float64)
-        data = data.map(lambda t: t * slope)  # times 0 or 1: exact
-    if record.ties is None:
-        return Slices(g.row, g.sample, data, shape)
     inner = math.prod(shape[1:])
     units = g.sample[:, None] * inner + torch.arange(inner)
-    cells = _rows(record.ties.offsets, g.sample).reshape(len(g.row), -1).to(torch.int64)
+    data = g.data
+    if record.rho is not None:
+        slope = record.slopes(units).map(lambda t: t.reshape(data.value.shape))
+        data = data.map(lambda t: t * slope.value) if record.relu else data * slope  # times 0 or 1: exact
+    if record.ties is None:
+        return Slices(g.row, g.sample, data, shape)
     in_shape = padded(record.input_shape)
     in_inner = math.prod(in_shape[1:])
-    target = cell_inputs(record, units, cells) - g.sample[:, None] * in_inner
+    target = record.ties.selected(units)
     flat = data.map(lambda t: t.reshape(len(g.row), -1))
-    # Overlapping windows may select one unit twice: add in the order of the cells, with bounds.
-    value = torch.zeros(len(g.row), in_inner, dtype=torch.float64).scatter_add_(1, target, flat.value)
-    total = torch.zeros_like(value).scatter_add_(1, target, flat.value.abs())
-    inherited = None if flat.radius is None else torch.zeros_like(value).scatter_add_(1, target, flat.radius)
-    exact = balls.exact_sum(flat.value, total)
-    kernel = record.ties.window.kernel[0] * record.ties.window.kernel[1]
-    radius = inherited if exact else total * balls.gamma(kernel) + (0.0 if inherited is None else inherited)
-    ball = Ball(value, radius if radius is None else radius * balls.SLACK)
+    if not bool((target // in_inner == g.sample[:, None]).all()):  # selected across samples
+        into = (g.row[:, None] * (in_shape[0] * in_inner) + target).reshape(1, -1)
+        ball = _scattered(flat.map(lambda t: t.reshape(1, -1)), into, count * in_shape[0] * in_inner, target.numel())
+        return from_dense(ball.map(lambda t: t.reshape(count, *in_shape)), in_shape)
+    ball = _scattered(flat, target - g.sample[:, None] * in_inner, in_inner, record.ties.overlap)
     return Slices(g.row, g.sample, ball.map(lambda t: t.reshape(len(g.row), *in_shape[1:])), in_shape)
+
+
+def _scattered(data: Ball, target: Tensor, size: int, overlap: int) -> Ball:
+    """[M, size]: entries added up at ``target``, at most ``overlap`` in one place (overlapping windows)."""
+    value = torch.zeros(len(target), size, dtype=torch.float64).scatter_add_(1, target, data.value)
+    total = torch.zeros_like(value).scatter_add_(1, target, data.value.abs())
+    inherited = None if data.radius is None else torch.zeros_like(value).scatter_add_(1, target, data.radius)
+    exact = balls.exact_sum(data.value, total)
+    radius = inherited if exact else total * balls.gamma(overlap) + (0.0 if inherited is None else inherited)
+    return Ball(value, radius if radius is None else radius * balls.SLACK)
+
+
+def through_slopes(record: OpRecord, g: Slices) -> Slices:
+    """PReLU's backward towards its slopes, before they are summed over the units that share one: ``min(y, 0)``."""
+    shape = padded(tuple(record.output.shape))
+    inner = math.prod(shape[1:])
+    units = g.sample[:, None] * inner + torch.arange(inner)
+    below = record.values(units).to(torch.float64).clamp(max=0).reshape(g.data.value.shape)
+    return Slices(g.row, g.sample, g.data * Ball(below), shape)
 
 
 def to_dense(count: int, g: Slices) -> Ball:

@@ -13,9 +13,10 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from . import ops
+from .choices import Ties, Window
 from .layers import Graph, kind_of, shape_of
 from .normalization import BATCH_NORM
-from .records import Node, OpRecord, Window
+from .records import Node, OpRecord
 from .rows import SAME_UNITS
 
 
@@ -95,6 +96,8 @@ def stages_above(graph: Graph, record: OpRecord, base: OpRecord, own: frozenset[
     while node is not None:
         kind, source = kind_of(node), graph.record_of.get(node)
         if source is not None and after is not Kind.NORM:
+            if not _known(source):
+                break
             if stages.conv is None and current is base:
                 return None
             current, (node, number), after = source, source.edge, _record(stages, source, shape)
@@ -136,11 +139,17 @@ def _reaches(graph: Graph, start: Node, own: frozenset[str]) -> bool:
     return False
 
 
+def _known(record: OpRecord) -> bool:
+    """Does the native resolver know this operation?"""
+    return (record.rho is None or record.relu) and (record.ties is None or isinstance(record.ties, Ties))
+
+
 def _record(stages: Stages, source: OpRecord, shape: tuple[int, ...]) -> Kind:
     channels = (shape[1], 1, shape[1])
     if source.ties is None:
         stages.add(Kind.RELU, axes_of(_POINT, shape[2:], shape[2:]), channels, source.output)
         return Kind.RELU
+    assert isinstance(source.ties, Ties)
     axes = axes_of(source.ties.window, source.input_shape[2:], shape[2:])
     stages.add(Kind.POOL, axes, channels, source.output if source.relu else None, source.ties.offsets, source.relu)
     return Kind.POOL

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from . import ops
 from .balls import SLACK, TINY, UNIT, gamma
+from .choices import Ties
 from .differences import Differences, Part, RowSet
 from .findings import Bulk, Findings, Pending, Scope
 from .normalization import eps_of
-from .records import Node, OpRecord, Ties
+from .records import Node, OpRecord
 from .stages import Stages, axes_of
 from .transfer import Arrival, in_use, pick, take
 

@@ -18,12 +18,11 @@ import torch
 from torch import Tensor
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn import Parameter
-from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from .calls import record
 from .layers import ACCUMULATE
-from .nn import pair
-from .records import Node, Recorder, Window
+from .records import Node, Recorder
 from .smooth import ANALYTIC
 
 # Their results depend on shapes, types and devices only, never on values.
@@ -56,9 +55,6 @@ _OPEN = frozenset(
     }
 )
 _HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook"})
-_RELU = frozenset({F.relu, torch.relu, Tensor.relu})
-_RELU_INPLACE = frozenset({F.relu_, torch.relu_, Tensor.relu_})
-_POOL = frozenset({F.max_pool2d, torch.max_pool2d})
 # Their schemas do not say that they write running statistics, and autograd does not learn of it.
 _NORMS = frozenset(
     """batch_norm instance_norm native_batch_norm cudnn_batch_norm miopen_batch_norm _batch_norm_impl_index""".split()
@@ -173,8 +169,9 @@ class Watch(TorchFunctionMode):
                 self.assumptions[f"constants whose memory was handed out{caller()} are not written through it"] = None
             return func(*args, **kwargs)
         call = _Call(self, func, args, kwargs, tensors)
-        output = self._recorded(func, args, kwargs)
-        if output is None:
+        output = record(self.recorder, func, args, kwargs, caller)
+        call.known = output is not NotImplemented
+        if output is NotImplemented:
             output = func(*args, **kwargs)
         if call.name in ("__iter__", "__reversed__"):
             output = list(output)
@@ -214,25 +211,6 @@ class Watch(TorchFunctionMode):
         """A recorded operation has overwritten a tensor, and autograd knows."""
         self._versions.set(tensor, tensor._version)
 
-    def _recorded(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Functional ReLU and max pooling go to the recorder; None if the call is something else."""
-        if func in _RELU or func in _RELU_INPLACE:
-            inplace = func in _RELU_INPLACE or bool(kwargs.get("inplace", len(args) > 1 and args[1]))
-            x = args[0] if args else kwargs["input"]
-            return self.recorder.relu(x, f"relu{caller()}", inplace=inplace)
-        if func in _POOL:
-            names = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
-            given: dict[str, Any] = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False}
-            given |= {"return_indices": False} | dict(zip(names, args, strict=False)) | kwargs
-            if given["return_indices"]:
-                return None
-            kernel = pair(given["kernel_size"])
-            stride = pair(given["stride"]) if given["stride"] else kernel
-            window = Window(kernel, stride, pair(given["padding"]), pair(given["dilation"]))
-            name = f"max_pool2d{caller()}"
-            return self.recorder.max_pool2d(given["input"], name, window, ceil_mode=given["ceil_mode"])
-        return None
-
     def _backward(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         roots: Any = args[0] if args else kwargs.get("tensors", kwargs.get("outputs", kwargs.get("self")))
         inputs = kwargs.get("inputs")
@@ -263,7 +241,7 @@ class Watch(TorchFunctionMode):
 class _Call:
     """One call: what it was given, and what its result has to be remembered for."""
 
-    __slots__ = ("args", "func", "inputs", "kwargs", "live", "name", "out", "target", "tensors", "versions", "watch")
+    __slots__ = ("args", "func", "inputs", "known", "kwargs", "live", "name", "out", "target", "tensors", "versions", "watch")
 
     def __init__(
         self, watch: Watch, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
@@ -271,6 +249,7 @@ class _Call:
         self.watch = watch
         self.func = func
         self.args, self.kwargs = args, kwargs
+        self.known = False  # to the routing table, which computes what torch computes
         self.name: str = getattr(func, "__name__", None) or str(func)
         self.tensors = tensors
         self.live = any([tensor.requires_grad for tensor in tensors])  # detach_ ends it
@@ -418,7 +397,7 @@ class _Call:
                     aliases.set(tensor, given if known is None else known)
 
     def _opaque(self) -> bool:
-        if isinstance(self.func, BuiltinFunctionType):
+        if self.known or isinstance(self.func, BuiltinFunctionType):
             return False
         if isinstance(self.func, (OpOverload, OpOverloadPacket)):
             namespace = str(self.func).split(".", 1)[0]
@@ -461,7 +440,7 @@ def _gather(values: Iterable[Any], found: list[Tensor]) -> None:
             _gather((value.start, value.stop, value.step), found)
 
 
-_OURS = frozenset(f"adcert.{room}" for room in ("monitor", "nn", "records", "replay", "watch"))
+_OURS = frozenset(f"adcert.{room}" for room in ("calls", "monitor", "nn", "records", "replay", "watch"))
 
 
 _inner: dict[str, bool] = {}  # is a module torch's, or one of the recording ones?

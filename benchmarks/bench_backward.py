@@ -9,9 +9,10 @@ import torch
 from torch import nn
 
 from adcert import backward, records
+from adcert.choices import Window
 from adcert.differences import Differences
 from adcert.layers import Graph, Leaves
-from adcert.records import Recorder, Window
+from adcert.records import Recorder
 
 
 def network() -> tuple[nn.Module, Graph, records.OpRecord, torch.Tensor]:

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from adcert.backward import Gradients, gradients
 from adcert.balls import Ball
+from adcert.choices import Window
 from adcert.differences import Differences, Expansion, groups_of
 from adcert.layers import Graph, Leaves, Order, order_layers
-from adcert.records import OpRecord, Recorder, Window, recording
+from adcert.records import OpRecord, Recorder, recording
 from adcert.rows import expand
 
 DIGITS = 120  # decimal digits of the exact reference

@@ -304,11 +304,11 @@ def test_functional_poolings_are_recorded(function: Callable[[Tensor], Tensor]) 
     assert certificate.directions["0"].flatten().argmax() == 0  # the first maximiser must win
 
 
-def test_return_indices_is_named() -> None:
+def test_return_indices_is_recorded() -> None:
     w = nn.Parameter(torch.ones(1, 1, 2, 2))
     certificate = certify(lambda: nn.functional.max_pool2d(w, 2, return_indices=True)[0].sum(), nn.ParameterList([w]))
-    assert certificate.verdict is Verdict.UNDECIDED
-    assert "MaxPool2DWithIndicesBackward0" in certificate.reasons[0]
+    assert certificate.verdict is Verdict.CERTIFIED
+    assert (certificate.layers[0].ties, certificate.layers[0].rows) == (1, 3)
 
 
 def test_custom_functions_are_named() -> None:

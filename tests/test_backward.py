@@ -37,8 +37,9 @@ from torch.nn import functional as F
 import adcert
 from adcert import backward, normalization
 from adcert.balls import Ball
+from adcert.choices import Window
 from adcert.differences import Differences
-from adcert.records import OpRecord, Window
+from adcert.records import OpRecord
 
 Forward = Callable[[Probe], Tensor]
 

@@ -162,16 +162,16 @@ def test_check_exits_by_the_verdicts() -> None:
 
 
 def test_check_fails_on_an_unsupported_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hardtanh instead of ReLU: every step undecided. Exit 0, but 1 with --check, and the reason is shown."""
+    """Hardshrink instead of ReLU: every step undecided. Exit 0, but 1 with --check, and the reason is shown."""
 
     def hard(name: str, classes: int, channels: int, size: int, seed: int) -> torch.nn.Module:
-        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10), torch.nn.Hardtanh())
+        return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10), torch.nn.Hardshrink())
 
     monkeypatch.setattr(models, "build", hard)
     result = invoke(*TINY, "--check")
     assert result.exit_code == 1
     assert "undecided" in result.output
-    assert "hardtanh" in result.output.lower()
+    assert "hardshrink" in result.output.lower()
     assert invoke(*TINY).exit_code == 0
 
 

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adcert
+from adcert.choices import Window
 from adcert.differences import Differences
-from adcert.equality import cell_inputs, follow, prove_zero, selected_inputs, tied_members
-from adcert.records import OpRecord, Window
+from adcert.equality import follow, prove_zero, selected_inputs
+from adcert.records import OpRecord
 
 
 def proved(seen: Seen, record: OpRecord, differences: Differences) -> list[bool]:
@@ -269,22 +270,23 @@ def test_cells_selected_units_and_members_by_hand():
     seen = look(lambda p: p.max_pool2d(y, "pool", Window((2, 2), (1, 1), (0, 0), (1, 1))), y=y)
     (record,) = seen.records
     assert selected_inputs(record, torch.tensor([0, 1])).tolist() == [0, 1]
-    windows, cells = tied_members(record.ties)
-    assert (windows.tolist(), cells.tolist()) == ([0, 0, 0, 1, 1], [0, 1, 3, 0, 2])
-    assert cell_inputs(record, windows, cells).tolist() == [0, 1, 4, 1, 4]
-    below = follow(record, pairs((0, 1), (-1, 0)))
+    assert record.ties is not None
+    assert [t.tolist() for t in record.ties.pairs()] == [[0, 0, 1], [0, 0, 1], [1, 4, 4]]
+    assert record.ties.maximisers(torch.tensor([1])).tolist() == [1, 4]
+    below, good = follow(record, pairs((0, 1), (-1, 0)))
+    assert good.all()
     assert (below.plus.tolist(), below.minus.tolist()) == ([0, -1], [1, 0])
 
 
 def test_follow_through_a_relu_and_a_fused_pooling():
     w = param([-1.0, 0.0, 2.0])
     seen = look(lambda probe: probe.relu(w), w=w)
-    below = follow(seen.records[0], pairs((0, 2), (2, 1), (-1, 2)))
+    below, _ = follow(seen.records[0], pairs((0, 2), (2, 1), (-1, 2)))
     assert (below.plus.tolist(), below.minus.tolist()) == ([-1, 2, -1], [2, -1, 2])
     y = param([[[[-3.0, -1.0, 0.0, -1.0, 4.0, 4.0]]]])
     window = Window((1, 2), (1, 2), (0, 0), (1, 1))
     fused = look(lambda probe: probe.max_pool2d(y, "pool", window, relu=True), y=y)
-    below = follow(fused.records[0], pairs((0, 2), (1, 2)))
+    below, _ = follow(fused.records[0], pairs((0, 2), (1, 2)))
     assert (below.plus.tolist(), below.minus.tolist()) == ([-1, -1], [4, 4])
 
 
@@ -347,8 +349,7 @@ def test_a_two_layer_image_network_with_few_values(seed: int):
     found = 0
     for record in seen.records:
         if record.ties is not None and len(record.ties.windows):
-            windows, cells = tied_members(record.ties)
-            members, chosen = cell_inputs(record, windows, cells), selected_inputs(record, windows)
+            _, chosen, members = record.ties.pairs()
             found += sum(proved(seen, record, Differences(chosen, members)))
         found += sum(proved(seen, record, random_pairs(seen.y(record).numel(), 60, seed)))
     assert found > 0

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adcert
-from adcert.records import OpRecord, Window
-from adcert.relevance import relevant_inputs, relevant_outputs, windows_of
+from adcert.choices import Window
+from adcert.records import OpRecord
+from adcert.relevance import relevant_inputs, relevant_outputs
 
 PAIRS = Window((1, 2), (1, 2), (0, 0), (1, 1))  # windows {0 1}, {2 3}, ... of a row
 STEPS = Window((1, 2), (1, 1), (0, 0), (1, 1))  # windows {0 1}, {1 2}, ... of a row
@@ -86,12 +87,13 @@ def test_no_units():
 
 
 def test_windows_of_a_unit_by_hand():
-    """3x3 windows of stride 2 and padding 1 over 4x4: unit (1, 1) is cell 8 of window 0, 6 of 1, 2 of 2, 0 of 3."""
-    w = nn.Parameter(torch.zeros(1, 1, 4, 4, dtype=torch.float64))
+    """3x3 windows of stride 2 and padding 1 over 4x4: unit (1, 1) is in all four and attains two, (0, 0) is in one."""
+    w = nn.Parameter(torch.tensor([[[[0, 0, 2, 0], [0, 1, 0, 0], [1, 0, 0, 0], [0, 0, 0, 3]]]], dtype=torch.float64))
     seen = look(lambda probe: probe.max_pool2d(w, "pool", Window((3, 3), (2, 2), (1, 1), (1, 1))), w=w)
-    owner, windows, cells = windows_of(seen.records[0], torch.tensor([5, 0]))
-    found = sorted(zip(owner.tolist(), windows.tolist(), cells.tolist(), strict=True))
-    assert found == [(0, 0, 8), (0, 1, 6), (0, 2, 2), (0, 3, 0), (1, 0, 4)]
+    assert seen.records[0].ties is not None
+    owner, windows, attains = seen.records[0].ties.places(torch.tensor([5, 0]))
+    found = sorted(zip(owner.tolist(), windows.tolist(), attains.tolist(), strict=True))
+    assert found == [(0, 0, True), (0, 1, False), (0, 2, True), (0, 3, False), (1, 0, False)]
 
 
 # ---- consumers -----------------------------------------------------------------------------------

@@ -16,11 +16,12 @@ from torch import Tensor, nn
 
 import adcert
 from adcert import analysis, conclusion, decisions, ops, partial, reference
+from adcert.choices import Window
 from adcert.differences import Differences
 from adcert.equality import base_of, follow_to, tied_pairs
 from adcert.findings import Findings, Pending, Scope
 from adcert.ranks import rank_leaves
-from adcert.records import OpRecord, Window
+from adcert.records import OpRecord
 from adcert.stages import Stages, axes_of, stages_above
 from adcert.ties import normalized_rows
 
@@ -71,8 +72,8 @@ def counts(seen: Seen, record: OpRecord) -> dict[str, int]:
 def confirm(seen: Seen, record: OpRecord, stages: Stages, found: ops.Resolved) -> None:
     assert record.ties is not None
     base = stages.base
-    windows, differences = tied_pairs(record, record.ties)
-    d = follow_to(seen.graph, record, base, differences)
+    windows, differences = tied_pairs(record.ties)
+    d, _ = follow_to(seen.graph, record, base, differences)
     if len(d) == 0:
         return
     truth = torch.cat([row.flatten(1) for row in autograd_rows(seen.y(base), seen.parameters(), d).values()], 1)

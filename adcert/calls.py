@@ -1,0 +1,443 @@
+"""Which torch functions a step records, and how their arguments are read: the routing table of the function mode.
+
+A call that is not recorded here runs as it is, and the audit names its node if it is not smooth where it stands.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import activations, choices
+from .activations import Activation
+from .choices import Choice, Window
+from .records import Recorder
+
+Arguments = dict[str, Any]
+Rho = Callable[[Arguments], Activation | None]  # None: no kink that the theory knows how to take
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a torch function: ``run()`` computes it; ``given``: its arguments by name, defaults included."""
+
+    name: str
+    given: Arguments
+    run: Callable[[], Any]
+    inplace: bool
+
+
+Handler = Callable[[Recorder, Call], Any]  # NotImplemented: not recorded
+
+
+def record(recorder: Recorder, func: Any, args: Sequence[Any], kwargs: Arguments, where: Callable[[], str]) -> Any:
+    """The recorded result of a call, or NotImplemented; ``where()``: its place in somebody's program."""
+    found = _TABLE.get(func)
+    if found is None:
+        return NotImplemented
+    names, defaults, inplace, handler = found
+    given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+    if kwargs.get("out") is not None or len(args) > len(names) or not isinstance(given.get("input"), Tensor):
+        return NotImplemented
+    name = recorder.named or f"{func.__name__.strip('_')}{where()}"
+    call = Call(name, given, lambda: func(*args, **kwargs), inplace or bool(given.get("inplace")))
+    return handler(recorder, call)
+
+
+def _activation(rho: Rho) -> Handler:
+    def handle(recorder: Recorder, call: Call) -> Any:
+        found = rho(call.given)
+        if found is None or len(set(found.kinks)) < len(found.kinks):
+            return NotImplemented
+        return recorder.kinked(call.given["input"], found, call.name, call.run, None, call.inplace)
+
+    return handle
+
+
+def _relu(recorder: Recorder, call: Call) -> Any:
+    return recorder.relu(call.given["input"], call.name, inplace=call.inplace)
+
+
+def _prelu(recorder: Recorder, call: Call) -> Any:
+    x, weight = call.given["input"], call.given["weight"]
+    shape = [1] * max(1, x.dim())
+    if weight.numel() > 1:
+        shape[min(1, x.dim() - 1)] = weight.numel()
+    left = weight.reshape(shape if x.dim() else ())
+    return recorder.kinked(x, activations.prelu(), call.name, call.run, left, False)
+
+
+def _rrelu(recorder: Recorder, call: Call) -> Any:
+    given = call.given
+    if not given["training"]:
+        slope = (given["lower"] + given["upper"]) / 2
+        return recorder.kinked(given["input"], activations.leaky_relu(slope), call.name, call.run, None, call.inplace)
+    drawn = activations.rrelu()
+    return recorder.kinked(given["input"], drawn, call.name, call.run, lambda node: node._saved_noise, call.inplace)
+
+
+def _number(value: Any) -> float | None:
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else None
+
+
+def _clamp(given: Arguments) -> Activation | None:
+    low, high = given.get("min"), given.get("max")
+    bounds = [_number(low), _number(high)]
+    if (low is None and high is None) or any(
+        b is None and v is not None for b, v in zip(bounds, (low, high), strict=True)
+    ):
+        return None
+    if None not in bounds and not bounds[0] < bounds[1]:  # type: ignore[operator]
+        return None
+    return activations.clamp(*bounds)
+
+
+def _hardtanh(given: Arguments) -> Activation | None:
+    low, high = _number(given["min_val"]), _number(given["max_val"])
+    return activations.hardtanh(low, high) if low is not None and high is not None and low < high else None
+
+
+def _elu(given: Arguments) -> Activation | None:
+    return None if given["alpha"] == 1 else activations.elu(float(given["alpha"]))
+
+
+def _leaky(given: Arguments) -> Activation | None:
+    return None if given["negative_slope"] == 1 else activations.leaky_relu(float(given["negative_slope"]))
+
+
+def _threshold(given: Arguments) -> Activation | None:
+    at = _number(given["threshold"])
+    return activations.threshold(at) if at is not None and given["value"] == at else None
+
+
+def _softshrink(given: Arguments) -> Activation | None:
+    return activations.softshrink(float(given["lambd"])) if given["lambd"] > 0 else None
+
+
+# Pooling and other selections.
+
+
+def _max_pool2d(recorder: Recorder, call: Call) -> Any:
+    given = call.given
+    if given["return_indices"]:
+        return _indexed(recorder, call, 2)
+    window = _window(given)
+    return recorder.max_pool2d(given["input"], call.name, window, ceil_mode=given["ceil_mode"])
+
+
+def _window(given: Arguments) -> Window:
+    kernel, stride, padding, dilation = _geometry(given, 2)
+    return Window(kernel, stride, padding, dilation)  # type: ignore[arg-type]
+
+
+def _geometry(given: Arguments, spatial: int) -> list[tuple[int, ...]]:
+    kernel = _each(given["kernel_size"], spatial)
+    stride = _each(given["stride"], spatial) if given["stride"] else kernel
+    return [kernel, stride, _each(given["padding"], spatial), _each(given["dilation"], spatial)]
+
+
+def _each(value: Any, count: int) -> tuple[int, ...]:
+    if isinstance(value, int):
+        return (value,) * count
+    found = tuple(int(v) for v in value)
+    return found * count if len(found) == 1 else found
+
+
+def _max_pool1d(recorder: Recorder, call: Call) -> Any:
+    """The same windows in an image of one row: the same maxima, the same first maximiser, the same gradient."""
+    given = call.given
+    x = given["input"]
+    if given["return_indices"] or x.dim() not in (2, 3):
+        return _indexed(recorder, call, 1) if x.dim() in (2, 3) else NotImplemented
+    window = Window(*(((0 if k == 2 else 1), *each) for k, each in enumerate(_geometry(given, 1))))  # type: ignore[arg-type]
+    with torch._C.DisableTorchFunction():
+        image = x.unsqueeze(-2)
+        pooled = recorder.max_pool2d(image, call.name, window, ceil_mode=given["ceil_mode"])
+        return pooled.squeeze(-2)
+
+
+def _pool_of(spatial: int) -> Handler:
+    return lambda recorder, call: _indexed(recorder, call, spatial)
+
+
+def _indexed(recorder: Recorder, call: Call, spatial: int) -> Any:
+    """A max pooling by torch's own operation, which keeps the indices of what it selected for its backward."""
+    given = call.given
+    x = given["input"]
+    kernel, stride, padding, dilation = _geometry(given, spatial)
+
+    def choice(result: Any) -> Choice:
+        output, indices = _with_indices(result)
+        sizes = zip(x.shape[-spatial:], output.shape[-spatial:], kernel, stride, padding, dilation, strict=True)
+        axes = [_places(size, count, k, s, p, d) for size, count, k, s, p, d in sizes]
+        return choices.windowed(x, output, _planar(x, indices, spatial), axes)
+
+    return recorder.chosen(x, call.name, call.run, choice)
+
+
+def _places(size: int, count: int, kernel: int, stride: int, padding: int, dilation: int) -> Tensor:
+    """int64 [count, kernel]: the input places of every window of one axis, -1 in the padding."""
+    places = torch.arange(count)[:, None] * stride - padding + torch.arange(kernel) * dilation
+    return torch.where((places >= 0) & (places < size), places, -1)
+
+
+def _adaptive(spatial: int) -> Handler:
+    def handle(recorder: Recorder, call: Call) -> Any:
+        x = call.given["input"]
+
+        def choice(result: Any) -> Choice:
+            output, indices = _with_indices(result)
+            axes = [_shares(n, m) for n, m in zip(x.shape[-spatial:], output.shape[-spatial:], strict=True)]
+            return choices.windowed(x, output, _planar(x, indices, spatial), axes)
+
+        return recorder.chosen(x, call.name, call.run, choice)
+
+    return handle
+
+
+def _shares(size: int, count: int) -> Tensor:
+    """int64 [count, cells]: the places from ``floor(j size / count)`` to before ``ceil((j + 1) size / count)``."""
+    first = torch.arange(count) * size // count
+    last = -((-(torch.arange(count) + 1) * size) // count)
+    places = first[:, None] + torch.arange(int((last - first).max()) if count else 0)
+    return torch.where(places < last[:, None], places, -1)
+
+
+def _with_indices(result: Any) -> tuple[Tensor, Tensor]:
+    if isinstance(result, Tensor):
+        node = result.grad_fn
+        while node is not None and not hasattr(node, "_saved_result1"):
+            node = node.next_functions[0][0]  # a view that was added for fewer dimensions
+        if node is None:
+            raise ValueError("a pooling whose node does not keep its indices")
+        indices: Tensor = node._saved_result1
+        return result.detach(), indices.reshape(result.shape)
+    return result[0].detach(), result[1]
+
+
+def _planar(x: Tensor, indices: Tensor, spatial: int) -> Tensor:
+    """Indices within each image as flat indices of x."""
+    size = math.prod(x.shape[-spatial:])
+    planes = math.prod(x.shape[:-spatial])
+    start = (torch.arange(planes, device=x.device) * size).reshape(-1, *[1] * spatial)
+    return (indices.reshape(planes, *indices.shape[-spatial:]) + start).reshape(indices.shape)
+
+
+def _extremum(largest: bool) -> Handler:
+    """``max(dim)`` and ``min(dim)``: one-hot at the first; without a dimension the gradient is split evenly."""
+
+    def handle(recorder: Recorder, call: Call) -> Any:
+        given, x = call.given, call.given["input"]
+        if isinstance(given.get("dim"), Tensor) or given.get("other") is not None:
+            return NotImplemented  # of two tensors
+        if given.get("dim") is None:
+            return _even(recorder, call, None, largest)
+        dim, keep = int(given["dim"]), bool(given["keepdim"])
+        if x.dim() == 0:
+            return NotImplemented
+
+        def choice(result: Any) -> Choice:
+            values, indices = (result[0].detach(), result[1])
+            if not keep:
+                values, indices = values.unsqueeze(dim), indices.unsqueeze(dim)
+            return choices.along(x.detach(), values, indices, dim % x.dim(), largest=largest)
+
+        return recorder.chosen(x, call.name, call.run, choice)
+
+    return handle
+
+
+def _amax(largest: bool) -> Handler:
+    def handle(recorder: Recorder, call: Call) -> Any:
+        dims = call.given["dim"]
+        return _even(recorder, call, (dims,) if isinstance(dims, int) else tuple(dims), largest)
+
+    return handle
+
+
+def _even(recorder: Recorder, call: Call, dims: tuple[int, ...] | None, largest: bool) -> Any:
+    """An extremum whose gradient autodiff splits evenly among the tied entries."""
+    x = call.given["input"]
+    if x.dim() == 0 or x.numel() == 0:
+        return NotImplemented
+    over = sorted(d % x.dim() for d in dims) if dims else list(range(x.dim()))
+    rest = [d for d in range(x.dim()) if d not in over]
+
+    def choice(result: Tensor) -> Choice:
+        flat = x.detach().permute(*rest, *over).reshape(*(x.shape[d] for d in rest), -1)
+        places = torch.arange(x.numel(), device=x.device).reshape(x.shape).permute(*rest, *over).reshape(flat.shape)
+        values, indices = (flat.max if largest else flat.min)(-1, keepdim=True)
+        found = choices.along(flat, values, indices, flat.dim() - 1, largest=largest, even=True)
+        return choices.renamed(found, places.reshape(-1))
+
+    return recorder.chosen(x, call.name, call.run, choice)
+
+
+def _sorted(recorder: Recorder, call: Call) -> Any:
+    given, x = call.given, call.given["input"]
+    descending, dim = bool(given["descending"]), given["dim"]
+    if x.dim() == 0:
+        return NotImplemented
+
+    def choice(result: Any) -> Choice:
+        return choices.ordered(x.detach(), result[0].detach(), result[1], int(dim) % x.dim(), descending=descending)
+
+    return recorder.chosen(x, call.name, call.run, choice)
+
+
+def _topk(recorder: Recorder, call: Call) -> Any:
+    given, x = call.given, call.given["input"]
+    if not given["sorted"] or x.dim() == 0 or int(given["k"]) < 1:
+        return NotImplemented
+
+    def choice(result: Any) -> Choice:
+        dim, descending = int(given["dim"]) % x.dim(), bool(given["largest"])
+        return choices.ordered(x.detach(), result[0].detach(), result[1], dim, descending=descending)
+
+    return recorder.chosen(x, call.name, call.run, choice)
+
+
+def _statistic(rank_of: Callable[[Arguments, int], int]) -> Handler:
+    """An order statistic over one dimension: the median, the k-th value."""
+
+    def handle(recorder: Recorder, call: Call) -> Any:
+        given, x = call.given, call.given["input"]
+        if x.dim() == 0 or given.get("dim") is None:
+            return NotImplemented
+        dim, keep = int(given["dim"]) % x.dim(), bool(given["keepdim"])
+
+        def choice(result: Any) -> Choice:
+            values, indices = result[0].detach(), result[1]
+            if not keep:
+                values, indices = values.unsqueeze(dim), indices.unsqueeze(dim)
+            return choices.ranked(x.detach(), values, indices, dim, rank_of(given, x.shape[dim]))
+
+        return recorder.chosen(x, call.name, call.run, choice)
+
+    return handle
+
+
+def _fractional(recorder: Recorder, call: Call) -> Any:
+    """Its windows start at random places, which are constants of the step; they are drawn as torch draws them."""
+    given = dict(call.given)
+    x = given["input"]
+    if x.dim() not in (3, 4):
+        return NotImplemented
+    if given["_random_samples"] is None:
+        batch = 1 if x.dim() == 3 else x.size(0)
+        given["_random_samples"] = torch.rand(batch, x.size(-3), 2, dtype=x.dtype, device=x.device)
+    samples = given["_random_samples"].reshape(-1, 2)
+    kernel = _each(given["kernel_size"], 2)
+
+    def choice(result: Any) -> Choice:
+        output, indices = _with_indices(result)
+        axes = [
+            _intervals(samples[:, 1 - axis], x.shape[axis - 2], output.shape[axis - 2], kernel[axis]) for axis in (0, 1)
+        ]
+        return choices.windowed(x, output, _planar(x, indices, 2), axes)
+
+    return recorder.chosen(x, call.name, lambda: F.fractional_max_pool2d(**given), choice)
+
+
+def _intervals(sample: Tensor, size: int, count: int, kernel: int) -> Tensor:
+    """int64 [planes, count, kernel]: windows from ``int((i + u) a) - int(u a)`` on, in the samples' arithmetic."""
+    first = torch.zeros(len(sample), count, dtype=torch.int64, device=sample.device)
+    if count > 1:
+        alpha = torch.tensor(size - kernel, dtype=sample.dtype) / (count - 1)
+        steps = torch.arange(count - 1, dtype=sample.dtype, device=sample.device) + sample[:, None]
+        first[:, :-1] = (steps * alpha).to(torch.int64) - (sample[:, None] * alpha).to(torch.int64)
+    first[:, -1:] = size - kernel
+    return first[:, :, None] + torch.arange(kernel, device=sample.device)
+
+
+_Entry = tuple[tuple[str, ...], Arguments, bool, Handler]
+_TABLE: dict[Any, _Entry] = {}
+
+
+def _enter(
+    functions: Sequence[Any], names: str, defaults: Arguments, handler: Handler, inplace: Sequence[Any] = ()
+) -> None:
+    for written, group in ((False, functions), (True, inplace)):
+        for function in group:
+            _TABLE[function] = ("input", *names.split()), defaults, written, handler
+
+
+_NO = {"inplace": False}
+_BOUNDS: Arguments = {"min": None, "max": None}
+_KEEP: Arguments = {"keepdim": False}
+_POOL = "kernel_size stride padding dilation ceil_mode return_indices"
+_POOLED: Arguments = {"stride": None, "padding": 0, "dilation": 1, "ceil_mode": False, "return_indices": False}
+
+_enter([F.relu, torch.relu, Tensor.relu], "inplace", _NO, _relu, [F.relu_, torch.relu_, Tensor.relu_])
+_enter([F.relu6], "inplace", _NO, _activation(lambda given: activations.hardtanh(0.0, 6.0)))
+_enter(
+    [F.hardtanh],
+    "min_val max_val inplace",
+    {"min_val": -1.0, "max_val": 1.0} | _NO,
+    _activation(_hardtanh),
+    [F.hardtanh_],
+)
+_enter([F.leaky_relu], "negative_slope inplace", {"negative_slope": 0.01} | _NO, _activation(_leaky), [F.leaky_relu_])
+_enter([F.hardsigmoid], "inplace", _NO, _activation(lambda given: activations.hardsigmoid()))
+_enter([F.hardswish], "inplace", _NO, _activation(lambda given: activations.hardswish()))
+_enter([F.softshrink], "lambd", {"lambd": 0.5}, _activation(_softshrink))
+_enter([F.elu], "alpha inplace", {"alpha": 1.0} | _NO, _activation(_elu), [F.elu_])
+_enter(
+    [F.selu, torch.selu], "inplace", _NO, _activation(lambda given: activations.elu(*activations.SELU)), [torch.selu_]
+)
+_enter([F.threshold], "threshold value inplace", _NO, _activation(_threshold), [torch.threshold_])
+_enter([F.prelu, torch.prelu, Tensor.prelu], "weight", {}, _prelu)
+_enter([F.rrelu], "lower upper training inplace", {"lower": 1 / 8, "upper": 1 / 3, "training": False} | _NO, _rrelu)
+_enter([torch.clamp, Tensor.clamp, torch.clip, Tensor.clip], "min max", _BOUNDS, _activation(_clamp))
+_enter([], "min max", _BOUNDS, _activation(_clamp), [torch.clamp_, Tensor.clamp_, Tensor.clip_])
+_enter([torch.clamp_min, Tensor.clamp_min], "min", {}, _activation(_clamp), [torch.clamp_min_, Tensor.clamp_min_])
+_enter([torch.clamp_max, Tensor.clamp_max], "max", {}, _activation(_clamp), [torch.clamp_max_, Tensor.clamp_max_])
+_enter(
+    [torch.abs, Tensor.abs, torch.absolute, Tensor.absolute, Tensor.__abs__],
+    "",
+    {},
+    _activation(lambda given: activations.magnitude()),
+    [torch.abs_, Tensor.abs_],
+)
+_enter([F.max_pool2d, torch.max_pool2d], _POOL, _POOLED, _max_pool2d)
+_enter([F.max_pool1d, torch.max_pool1d], _POOL, _POOLED, _max_pool1d)
+_enter([F.max_pool3d, torch.max_pool3d], _POOL, _POOLED, _pool_of(3))
+_INDICES = {"return_indices": False}
+for _spatial in (1, 2, 3):
+    _both = (getattr(F, f"max_pool{_spatial}d_with_indices"), getattr(F, f"adaptive_max_pool{_spatial}d_with_indices"))
+    _enter([_both[0]], _POOL, _POOLED | {"return_indices": True}, _pool_of(_spatial))
+    _enter(
+        [getattr(F, f"adaptive_max_pool{_spatial}d"), _both[1]],
+        "output_size return_indices",
+        _INDICES,
+        _adaptive(_spatial),
+    )
+_enter(
+    [F.fractional_max_pool2d, F.fractional_max_pool2d_with_indices],
+    "kernel_size output_size output_ratio return_indices _random_samples",
+    {"output_size": None, "output_ratio": None, "_random_samples": None} | _INDICES,
+    _fractional,
+)
+for _largest, _names in ((True, ("max", "amax")), (False, ("min", "amin"))):
+    _enter([getattr(torch, _names[0]), getattr(Tensor, _names[0])], "dim keepdim", _KEEP, _extremum(_largest))
+    _enter(
+        [getattr(torch, _names[1]), getattr(Tensor, _names[1])],
+        "dim keepdim",
+        {"dim": (), "keepdim": False},
+        _amax(_largest),
+    )
+_enter([torch.sort, Tensor.sort], "dim descending", {"dim": -1, "descending": False}, _sorted)
+_enter([torch.topk, Tensor.topk], "k dim largest sorted", {"dim": -1, "largest": True, "sorted": True}, _topk)
+_enter([torch.median, Tensor.median], "dim keepdim", _KEEP, _statistic(lambda given, size: (size - 1) // 2))
+_enter(
+    [torch.kthvalue, Tensor.kthvalue],
+    "k dim keepdim",
+    {"dim": -1, "keepdim": False},
+    _statistic(lambda given, size: given["k"] - 1),
+)
