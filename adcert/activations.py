@@ -28,6 +28,7 @@ class Activation:
 
     ``ends[k]``: (D-, D+) at the k-th kink. ``compute``: torch's function. ``derivative``: of the pieces whose slope is
     None, with a radius; None where each unit has a slope of its own (PReLU, RReLU), which its record then holds.
+    ``given``: AD's proxies, where they are not torch's but the user's.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Activation:
     ends: tuple[tuple[float, float], ...]
     compute: Function = field(compare=False, repr=False)
     derivative: Derivative | None = field(default=None, compare=False, repr=False)
+    given: tuple[float, ...] | None = None
 
     def proxies(self, x: Tensor) -> tuple[float, ...]:
         """AD's derivative at each kink, measured in the dtype and on the device of ``x``.
@@ -118,6 +120,7 @@ def _measured(
         points.requires_grad_()
         (found,) = torch.autograd.grad(rho.compute(points).sum(), points)
     below, proxies, above = found.to("cpu", torch.float64).tolist()
+    proxies = proxies if rho.given is None else list(rho.given)
     unit = max(2.0**-22, 8 * torch.finfo(dtype).eps)  # even in float64 some kernels hold a slope as a float32
     near = all(
         abs(b - low) <= 4 * unit and abs(a - high) <= 4 * unit

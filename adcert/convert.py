@@ -9,15 +9,13 @@ from .errors import AdcertError
 
 # Exact types only: a subclass may compute something else.
 _TO: dict[type[torch.nn.Module], type[torch.nn.Module]] = {
-    torch.nn.ReLU: recording.ReLU,
-    torch.nn.MaxPool2d: recording.MaxPool2d,
-    torch.nn.Sequential: recording.Sequential,
+    getattr(torch.nn, name): getattr(recording, name) for name in recording.__all__
 }
 _BACK = {ours: theirs for theirs, ours in _TO.items()}
 
 
 def convert(model: torch.nn.Module) -> torch.nn.Module:
-    """Swap every ``nn.ReLU`` and ``nn.MaxPool2d`` (and the ``nn.Sequential`` that fuses them) for adcert's.
+    """Swap every kinked activation and max pooling (and the ``nn.Sequential`` that fuses them) for adcert's own.
 
     The swap is in place and keeps everything users rely on: parameters are the same objects (optimisers stay
     valid), ``state_dict`` keys, hooks, hyperparameters, train/eval mode and ``isinstance`` relations stay, outputs
@@ -31,15 +29,32 @@ def convert(model: torch.nn.Module) -> torch.nn.Module:
         The same model.
 
     Raises:
-        AdcertError: if ``model`` is not a ``torch.nn.Module``.
+        AdcertError: if ``model`` is not a ``torch.nn.Module``, or holds a discontinuous activation (``nn.Hardshrink``,
+            ``nn.Threshold`` with another value than its threshold): no theorem covers those. Nothing is swapped then.
 
     Example:
         >>> import torch, adcert
         >>> model = adcert.convert(torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.ReLU()))
         >>> type(model[1]).__module__
-        'adcert.nn'
+        'adcert.nn.activation'
     """
+    if isinstance(model, torch.nn.Module):
+        for name, module in model.named_modules():
+            _refuse_discontinuous(name, module)
     return _swap(model, _TO)
+
+
+def _refuse_discontinuous(name: str, module: torch.nn.Module) -> None:
+    jump = ""
+    if isinstance(module, torch.nn.Hardshrink) and module.lambd != 0:
+        jump = f"jumps by {module.lambd} at {module.lambd} and at {-module.lambd}; Softshrink is continuous"
+    if isinstance(module, torch.nn.Threshold) and module.value != module.threshold:
+        jump = f"jumps at {module.threshold}; it is continuous only if value equals threshold"
+    if jump:
+        raise AdcertError(
+            f"{name or 'the model'} is a {type(module).__name__}, which {jump}: a discontinuous function has no Clarke "
+            "subdifferential, so no gradient of this model can be certified"
+        )
 
 
 def unconvert(model: torch.nn.Module) -> torch.nn.Module:

@@ -67,7 +67,7 @@ class OpRecord:
     @property
     def relu(self) -> bool:
         """Is rho the ReLU with proxy 0?"""
-        return self.rho is not None and self.rho.name == "relu"
+        return self.rho is not None and self.rho.name == "relu" and self.rho.given is None
 
     @property
     def edge(self) -> tuple[Node, int]:

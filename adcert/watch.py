@@ -241,7 +241,9 @@ class Watch(TorchFunctionMode):
 class _Call:
     """One call: what it was given, and what its result has to be remembered for."""
 
-    __slots__ = ("args", "func", "inputs", "known", "kwargs", "live", "name", "out", "target", "tensors", "versions", "watch")
+    __slots__ = (
+        "args", "func", "inputs", "known", "kwargs", "live", "name", "out", "target", "tensors", "versions", "watch",
+    )  # fmt: skip
 
     def __init__(
         self, watch: Watch, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
@@ -440,7 +442,7 @@ def _gather(values: Iterable[Any], found: list[Tensor]) -> None:
             _gather((value.start, value.stop, value.step), found)
 
 
-_OURS = frozenset(f"adcert.{room}" for room in ("calls", "monitor", "nn", "records", "replay", "watch"))
+_OURS = frozenset(f"adcert.{room}" for room in ("calls", "monitor", "records", "replay", "watch"))
 
 
 _inner: dict[str, bool] = {}  # is a module torch's, or one of the recording ones?
@@ -453,7 +455,7 @@ def site() -> Site | None:
         module = frame.f_globals.get("__name__", "")
         inner = _inner.get(module)
         if inner is None:
-            inner = _inner[module] = f"{module}.".startswith("torch.") or module in _OURS
+            inner = _inner[module] = f"{module}.".startswith(("torch.", "adcert.nn.")) or module in _OURS
         if not inner:
             return frame.f_code, frame.f_lineno
         frame = frame.f_back
