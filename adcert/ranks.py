@@ -32,12 +32,29 @@ def rank_leaves(graph: Graph, order: Order, strict: bool) -> Ranks:
         for leaf in layer.leaves:
             of[leaf] = 2 * index
         biases = {record: bias_of(graph, record, order.own[record]) for record in layer.records if record in present}
+        if _torn(biases):
+            continue
         if _splits(graph, order, biases, tied):
             for record, bias in biases.items():
                 if bias is not None:
                     chosen[record] = bias
                     of[bias.leaf] = 2 * index + 1
     return Ranks(order, of, chosen)
+
+
+def _torn(biases: dict[OpRecord, Bias | None]) -> bool:
+    """Do touches ask some entry of a bias both up and down (a unit at both kinks of a hardtanh, in two samples)?
+
+    Then its weights may tell them apart: they are decided jointly.
+    """
+    asked: dict[tuple[str, int], int] = {}
+    for record, bias in biases.items():
+        if bias is not None and len(set(record.sides)) > 1:
+            units, sides = record.touched()
+            for group, side in zip(bias.group(units).tolist(), sides.tolist(), strict=True):
+                if asked.setdefault((bias.leaf, group), side) != side:
+                    return True
+    return False
 
 
 def _splits(
