@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
 from counterexamples import EXAMPLES, Example, Function, frozen_bias, normalised, opposite_samples, pool, removed_bias
+from theory_programs import (
+    Point,
+    Rule,
+    direction,
+    limit_is,
+    maximum_rows,
+    partials_vanish,
+    random_point,
+)
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -152,3 +163,57 @@ CONTROLS = {
 @pytest.mark.parametrize("name", CONTROLS)
 def test_with_the_hypothesis_it_is_certified(name: str) -> None:
     assert verdict(CONTROLS[name]()) == "certified"
+
+
+Ignores = Callable[[Point, int, int], bool]
+
+
+def backward_is_zero(point: Point, reader: int, number: int) -> bool:
+    """Wrong (X6): AD hands nothing on, though another active branch might."""
+    places = [k for k, i in enumerate(point.program.elements[reader].inputs) if i == number]
+    return all(point.local[reader][k] == 0 for k in places)
+
+
+def certified(count: int, ignores: Ignores = partials_vanish, rule: Rule | None = None) -> tuple[int, int, int]:
+    """Of random programs: certified by E4; of these with an idle selection; of these AD is not the limit along p."""
+    rng = random.Random(0)
+    found = idle = wrong = 0
+    for _ in range(count):
+        point = random_point(rng)
+        spared = point.idle(ignores)
+        rows = point.rows(spared, rule)
+        p = None if rows is None else direction(rows, point.program.parameters, rng)
+        if p is not None:
+            found += 1
+            idle += any(len(point.branches[number]) > 1 for number in spared)
+            wrong += not limit_is(point, p, rng)
+    return found, idle, wrong
+
+
+def test_theorem_e4_on_random_programs() -> None:
+    """Kinks with any proxies, maxima, order statistics, products, zero weights; parameters used at will."""
+    found, idle, wrong = certified(1000)
+    assert wrong == 0
+    assert found > 600
+    assert idle > 200
+    without = certified(1000, ignores=lambda *_: False)
+    assert without[2] == 0
+    assert without[0] < found  # idle elements matter
+
+
+def test_weaker_hypotheses_are_refuted_by_the_same_programs() -> None:
+    assert certified(1500, ignores=backward_is_zero)[2] > 0
+    assert certified(300, rule=maximum_rows)[2] > 0
+
+
+def test_theorem_r_on_random_programs() -> None:
+    """Branches chosen along one generic direction give a limit of true gradients."""
+    rng = random.Random(1)
+    selections = 0
+    for _ in range(600):
+        drawn = random_point(rng)
+        p = tuple(Fraction(rng.randint(-(10**5), 10**5)) for _ in range(drawn.program.parameters))
+        point = Point(drawn.program, drawn.w, p)
+        selections += any(len(branches) > 1 for branches in point.branches)
+        assert limit_is(point, p, rng)
+    assert selections > 400
