@@ -128,6 +128,11 @@ def _across_groups(f: Function) -> Tensor:
     return pool(f.w[0], f.w[1]) - pool(f.w[1], f.w[0])
 
 
+def _leaky(f: Function) -> Tensor:
+    z = F.leaky_relu(f.w, 0.5)
+    return pool(-2 * z, -3 * z)
+
+
 def opposite_samples(f: Function) -> Tensor:
     first, second = F.relu(f.net(torch.tensor([[1.0], [-1.0]], dtype=torch.float64))).flatten()
     return first - second
@@ -196,5 +201,6 @@ EXAMPLES = (
     Example("X18", ((0,),), (-1,), lambda f: 2 * F.relu(f.w) - f.w - f.w.abs()),
     Example("X19", ((2 + 2.0**-30,),), (2,), _near_equal, covered=True),
     Example("X24", ((0, 0),), (1, -1), _across_groups, (0.0, 0.0), covered=True),
+    Example("X25", ((-2,), (-1.5,)), (-1,), _leaky),
     Example("X22", ((0, 5, 0, 0, 0, 0, 0, 0),), (0, 4, 0, 0, 0, 0, 0, 0), _padding, None, _padded, covered=True),
 )

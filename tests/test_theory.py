@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
+import itertools
+import math
 import random
 import re
 from collections.abc import Callable
@@ -95,6 +98,21 @@ def test_every_counterexample_of_the_text_is_here_and_in_its_table() -> None:
     named = set(re.findall(r"\bX\d+\b", TEXT))
     tabled = set(re.findall(r"^\| (X\d+) \|", TEXT, re.MULTILINE))
     assert named == tabled == {example.number for example in EXAMPLES} | {"X20", "X21", "X23"}
+
+
+def test_the_code_that_section_12_names_exists() -> None:
+    """A rule that moves takes its line in the table with it."""
+    lines = [line.split("|")[1] for line in TEXT.split("## 12.")[1].splitlines() if line.startswith("| `")]
+    names = [name for line in lines for name in re.findall(r"`([\w.]+)`", line)]
+    assert len(names) > 20
+    for name in names:
+        room, *parts = name.split(".")
+        if not hasattr(adcert, room):
+            importlib.import_module(f"adcert.{room}")
+        found = getattr(adcert, room)
+        for part in parts:
+            assert hasattr(found, part) or part in getattr(found, "__dataclass_fields__", ()), name
+            found = getattr(found, part, None)
 
 
 def test_x20_each_loss_is_certified_and_the_sum_is_not() -> None:
@@ -217,3 +235,31 @@ def test_theorem_r_on_random_programs() -> None:
         selections += any(len(branches) > 1 for branches in point.branches)
         assert limit_is(point, p, rng)
     assert selections > 400
+
+
+def test_theorem_m_on_random_programs() -> None:
+    """Mixed proxies with a class for each selection: AD's gradient is the combination of the one-hot ones."""
+    rng = random.Random(2)
+    mixed = 0
+    for _ in range(150):
+        point = random_point(rng)
+        numbers = [n for n, branches in enumerate(point.branches) if len(branches) > 1][:4]
+        weights = {n: [Fraction(rng.randint(1, 5)) for _ in point.branches[n]] for n in numbers}
+        weights = {n: [x / sum(each) for x in each] for n, each in weights.items()}
+        average = {
+            n: tuple(
+                sum((m * x for m, x in zip(weights[n], part, strict=True)), Fraction(0))
+                for part in zip(*point.branches[n], strict=True)
+            )
+            for n in numbers
+        }
+        found = Point(point.program, point.w, forced=average).g[-1]
+        total = [Fraction(0)] * len(found)
+        for choice in itertools.product(*(range(len(weights[n])) for n in numbers)):
+            taken = {n: point.branches[n][i] for n, i in zip(numbers, choice, strict=True)}
+            vertex = Point(point.program, point.w, forced=taken).g[-1]
+            weight = math.prod(weights[n][i] for n, i in zip(numbers, choice, strict=True))
+            total = [t + weight * x for t, x in zip(total, vertex, strict=True)]
+        assert tuple(total) == found
+        mixed += len(numbers) > 1
+    assert mixed > 75

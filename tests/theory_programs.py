@@ -90,11 +90,15 @@ class Program:
 
 @dataclass
 class Point:
-    """A program at w, with AD's proxies; ``choose`` overrides which branch AD takes (Theorem R)."""
+    """A program at w, with AD's proxies.
+
+    ``direction``: the branches are those along it instead (Theorem R); ``forced``: local vectors of some elements.
+    """
 
     program: Program
     w: Vector
     direction: Vector | None = None
+    forced: dict[int, Vector] = field(default_factory=dict)
     values: list[Fraction] = field(default_factory=list)
     local: list[Vector] = field(default_factory=list)
     g: list[Vector] = field(default_factory=list)
@@ -106,7 +110,9 @@ class Point:
         for number, element in enumerate(self.program.elements):
             branches = self.program.branches(self.values, number)
             gammas = [self.program._chain(number, branch, self.g) for branch in branches]
-            if self.direction is not None and len(branches) > 1:
+            if number in self.forced:
+                local = self.forced[number]
+            elif self.direction is not None and len(branches) > 1:
                 local = branches[self._along(number, gammas)]
             elif element.kind == "kink" and len(branches) > 1:
                 local = (element.proxy,)
