@@ -34,9 +34,16 @@ def _division_is_smooth(node: Node) -> Answer:
     return not rounded and (other is None or _told((torch.as_tensor(other) != 0).all()))
 
 
-def _embedding_is_plain(node: Node) -> bool:
-    """padding_idx and scale_grad_by_freq change the gradient without changing the function."""
-    return int(node._saved_padding_idx) in (-1, (1 << 64) - 1) and not node._saved_scale_grad_by_freq
+def _embedding_is_plain(node: Node) -> Answer:
+    """padding_idx, where it occurs, and scale_grad_by_freq change the gradient without changing the function."""
+    if node._saved_scale_grad_by_freq:
+        return False
+    padding = int(node._saved_padding_idx)
+    return padding in (-1, (1 << 64) - 1) or _told((node._saved_indices != padding).all())
+
+
+def _norm_is_smooth(node: Node) -> Answer:
+    return node._saved_ord == 2 and _all_positive(node._saved_result)
 
 
 def _pow_is_smooth(node: Node) -> Answer:
@@ -50,6 +57,7 @@ def _pow_is_smooth(node: Node) -> Answer:
 GUARDED: dict[str, Callable[[Node], Answer]] = {
     "DivBackward": _division_is_smooth,
     "EmbeddingBackward": _embedding_is_plain,
+    "LinalgVectorNormBackward": _norm_is_smooth,
     "SqrtBackward": lambda node: _all_positive(node._saved_result),
     "RsqrtBackward": lambda node: _all_positive(node._saved_result),
     "LogBackward": lambda node: _all_positive(node._saved_self),
@@ -75,7 +83,7 @@ def audit_graph(graph: Graph, watch: Watch) -> list[tuple[str, Tensor | None]]:
             if isinstance(smooth, Tensor) or not smooth:
                 text = f"{node.name()}{where} at a point, or in a mode, where its derivative is not the function's"
                 reasons.append((text, smooth if isinstance(smooth, Tensor) else None))
-        elif kind not in ANALYTIC or custom:
+        elif (kind not in ANALYTIC and node not in watch.pasted) or custom:
             reasons.append((f"{node.name()}{where} is not recorded: adcert does not know where it is smooth", None))
         if node not in watch.made:
             text = (

@@ -17,6 +17,7 @@ from torch import Tensor
 from .records import Node, OpRecord
 
 ACCUMULATE = "torch::autograd::AccumulateGrad"
+COPY_SLICES = "torch::autograd::CopySlices"  # an in-place function on a view, as a node of the view's base
 
 
 def shape_of(node: Node, number: int) -> tuple[int, ...]:

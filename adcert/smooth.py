@@ -12,6 +12,7 @@ _NAMES = """
     Sigmoid LogSigmoid Gelu Silu Sin Cos Erf NativeLayerNorm NativeGroupNorm LogSoftmax Softmax NllLoss
     NllLoss2D MseLoss BinaryCrossEntropyWithLogits AvgPool2D AvgPool3D AvgPool1D AdaptiveAvgPool2D
     MkldnnAdaptiveAvgPool2D Index IndexSelect Gather Where MaskedFill NativeDropout UpsampleBilinear2D
-    UpsampleNearest2D PixelShuffle ScaledDotProductFlashAttentionForCpu Logsumexp
+    UpsampleNearest2D PixelShuffle ScaledDotProductFlashAttentionForCpu ScaledDotProductFlashAttention
+    ScaledDotProductEfficientAttention ScaledDotProductCudnnAttention SafeSoftmax Logsumexp
 """
 ANALYTIC = frozenset(f"{name}Backward" for name in _NAMES.split()) | BATCH_NORM.keys()

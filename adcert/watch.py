@@ -11,17 +11,18 @@ from __future__ import annotations
 import sys
 import weakref
 from collections.abc import Callable, Iterable
-from types import BuiltinFunctionType, CodeType, FrameType, FunctionType
+from types import CodeType, FrameType, FunctionType
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
-from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
+from torch.utils._device import DeviceContext
 
 from .calls import record
-from .layers import ACCUMULATE
+from .functions import named, opaque, plain, writes_analytically
+from .layers import ACCUMULATE, COPY_SLICES
 from .records import Node, Recorder
 from .smooth import ANALYTIC
 
@@ -62,25 +63,12 @@ _NORMS = frozenset(
 _FUNCTIONAL_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training")
 _NATIVE_NORM = ("input", "weight", "bias", "running_mean", "running_var", "training")
 _BACKWARD = frozenset({Tensor.backward, torch.autograd.backward, torch.autograd.grad})
-# Functions written in Python run unseen inside; these hide no branch from the graph.
-_TRANSPARENT = frozenset(
-    """batch_norm group_norm instance_norm layer_norm rms_norm local_response_norm dropout dropout1d
-    dropout2d dropout3d alpha_dropout feature_alpha_dropout softmax log_softmax softmin silu mish tanh
-    sigmoid tanhshrink softsign glu gelu cross_entropy nll_loss mse_loss binary_cross_entropy
-    binary_cross_entropy_with_logits kl_div l1_loss smooth_l1_loss huber_loss interpolate upsample embedding
-    pad unfold fold multi_head_attention_forward scaled_dot_product_attention relu relu_ leaky_relu relu6
-    hardtanh elu selu celu rrelu prelu hardswish hardsigmoid hardshrink softshrink threshold max_pool1d
-    max_pool2d max_pool3d adaptive_max_pool1d adaptive_max_pool2d adaptive_max_pool3d adaptive_avg_pool2d
-    adaptive_avg_pool3d avg_pool1d avg_pool2d avg_pool3d fractional_max_pool2d fractional_max_pool3d
-    lp_pool1d lp_pool2d normalize cosine_similarity linear bilinear einsum tensordot split norm meshgrid
-    broadcast_tensors unflatten _max_pool1d _max_pool2d _max_pool3d __rsub__ __rdiv__ __rtruediv__ __rpow__
-    __pow__ __ipow__ pow __rmatmul__ __iter__ __reversed__""".split()
-)
 
 Site = tuple[CodeType, int]  # a line of somebody's program
 Origin = tuple[str, Site | None]  # a function, and where it was called
 _HOOKED = "saved-tensor hooks (activation checkpointing or offloading) are active: not supported"
 _saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+_dispatch_modes = torch._C._len_torch_dispatch_stack
 OnRoot = Callable[[list[Tensor], Any, bool], None]
 Note = TypeVar("Note")
 
@@ -116,7 +104,8 @@ class Watch(TorchFunctionMode):
 
     ``keep``: the pass may leave the graph intact for another one. ``made``: graph nodes that came from seen calls.
     ``mixed``: (node, message) where a hidden value steers a differentiable one. ``problems``: reasons that hold for
-    every root that follows. ``assumptions``: what the step's certificate takes as constant.
+    every root that follows. ``assumptions``: what the step's certificate takes as constant. ``pasted``: nodes that
+    write an analytic function of their inputs into a view.
     """
 
     def __init__(self, recorder: Recorder, on_root: OnRoot) -> None:
@@ -127,17 +116,28 @@ class Watch(TorchFunctionMode):
         self.mixed: list[tuple[Node, str]] = []
         self.assumptions: dict[str, None] = {}
         self.problems: dict[str, None] = {}
+        self.pasted: set[Node] = set()
         self._hidden: Notes[Origin] = Notes()
         self._aliases: Notes[Tensor] = Notes()
         self._written: dict[int, tuple[Tensor, Origin]] = {}
         self._versions: Notes[int] = Notes()
+        self._rewritten: Notes[int] = Notes()  # versions that seen writes have given memory, by its base
         self._leaves: dict[int, tuple[Tensor, int]] = {}
         self._frozen: Notes[bool] = Notes()  # running statistics that the graph reads again in backward
         recorder.witness = self
 
+    def __enter__(self) -> Watch:
+        """A mode that is active already gets every call after this one, and nobody sees what it makes of it."""
+        for mode in torch.overrides._get_current_function_mode_stack():  # type: ignore[no-untyped-call]
+            if type(mode) is not DeviceContext:
+                text = f"the function mode {named(mode)}, active before the step, may replace any function"
+                self.problems[text] = None
+        super().__enter__()  # type: ignore[no-untyped-call]
+        return self
+
     def forget(self) -> None:
         """Let go of every tensor; the step has ended."""
-        for notes in (self._hidden, self._aliases, self._versions, self._frozen):
+        for notes in (self._hidden, self._aliases, self._versions, self._rewritten, self._frozen):
             notes.clear()
         self._written.clear()
         self._leaves.clear()
@@ -163,6 +163,8 @@ class Watch(TorchFunctionMode):
             return self._switch(func, args, kwargs)
         if func in _BACKWARD:
             return self._backward(func, args, kwargs)
+        if types and not all(map(plain, types)):
+            self.problems[f"a class of tensors takes {func.__name__}{caller()} into its own hands"] = None
         tensors = list_tensors(args, kwargs)
         if not (any([t.requires_grad for t in tensors]) or self._concerned(tensors)):
             if func in _OPEN:
@@ -203,13 +205,24 @@ class Watch(TorchFunctionMode):
             self.problems[_HOOKED] = None
         if tensor.is_leaf:
             self._leaves.setdefault(id(tensor), (tensor, tensor._version))
-        last = self._versions.get(tensor)
-        if last is not None and last != tensor._version:
+        if self._stale(tensor, tensor._version):
             self.problems[f"a tensor of the graph was written to out of sight before {name}{caller()}"] = None
 
     def wrote(self, tensor: Tensor) -> None:
         """A recorded operation has overwritten a tensor, and autograd knows."""
         self._versions.set(tensor, tensor._version)
+        self._rewritten.set(base_of(tensor), tensor._version)
+
+    def _stale(self, tensor: Tensor, version: int) -> bool:
+        """Was its memory written to since it was last seen, other than by calls that were seen, too?"""
+        last = self._versions.get(tensor)
+        if last == version:
+            return False
+        base = base_of(tensor)
+        written = self._rewritten.get(base)
+        if written is None:
+            written = self._versions.get(base) if last is None else last
+        return written not in (None, version)
 
     def _backward(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         roots: Any = args[0] if args else kwargs.get("tensors", kwargs.get("outputs", kwargs.get("self")))
@@ -242,8 +255,20 @@ class _Call:
     """One call: what it was given, and what its result has to be remembered for."""
 
     __slots__ = (
-        "args", "func", "inputs", "known", "kwargs", "live", "name", "out", "target", "tensors", "versions", "watch",
-    )  # fmt: skip
+        "args",
+        "func",
+        "inputs",
+        "known",
+        "kwargs",
+        "live",
+        "name",
+        "out",
+        "seen",
+        "target",
+        "tensors",
+        "versions",
+        "watch",
+    )
 
     def __init__(
         self, watch: Watch, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]
@@ -263,8 +288,15 @@ class _Call:
         for tensor, version in zip(tensors, self.versions, strict=True):
             if tensor.requires_grad:
                 self._sight(tensor, version)
+            if not plain(type(tensor)):
+                self.problem(f"{self.name}{caller()} is given a {named(tensor)}, which may compute something else")
+        # A view made out of sight loses the node that says so when it is written to.
+        target = self.target
+        self.seen = target is not None and (not target.requires_grad or watch._versions.get(target) is not None)
         if _saved_hooks(True) is not None:
             self.problem(_HOOKED)
+        if _dispatch_modes():
+            self.problem(f"a dispatch mode may replace what {self.name}{caller()} computes")
 
     def _sight(self, tensor: Tensor, version: int) -> None:
         """Note where a differentiable tensor stands; it must not have changed since it was last seen."""
@@ -275,9 +307,19 @@ class _Call:
             return
         if node is not None:
             self.inputs.add(node)
-            last = self.watch._versions.get(tensor)
-            if last is not None and last != version:
+            watch = self.watch
+            if watch._stale(tensor, version):
                 self.problem(f"a tensor of the graph was written to out of sight before {self.name}{caller()}")
+            if node not in watch.made and tensor._is_view():
+                self._replayed(tensor, node)
+
+    def _replayed(self, view: Tensor, node: Node) -> None:
+        """A view whose memory was written to by a call that was seen gets a new node from autograd when it is used."""
+        base = base_of(view)
+        if self.watch._versions.get(view) is not None and self.watch._rewritten.get(base) == view._version:
+            sources = [source for source, _ in node.next_functions]
+            if sources == [base.grad_fn] and node.name() == "AsStridedBackward0":
+                self.watch.made[node] = ("a view", None)
 
     def problem(self, text: str) -> None:
         self.watch.problems[text] = None
@@ -372,13 +414,18 @@ class _Call:
         watch = self.watch
         if tensor.requires_grad and tensor.grad_fn is not None:
             watch._versions.set(tensor, tensor._version)
-            self._name_nodes(tensor.grad_fn)
+            if tensor is self.target and tensor._version != self.versions[0]:
+                watch._rewritten.set(base_of(tensor), tensor._version)
+            pastes = self._name_nodes(tensor.grad_fn)
+            message = ""
             if source is not None:
                 message = f"{told(source)} steers the differentiable {self.name}{caller()}"
-                watch.mixed.append((tensor.grad_fn, message))
-            elif self._opaque():
+            elif not self.known and opaque(self.func):
                 message = f"{self.name}{caller()} is written in Python and may hide a branch from autograd"
-                watch.mixed.append((tensor.grad_fn, message))
+            if message:  # the base of a view reaches what was written into it past the view's own node
+                watch.mixed += [(node, message) for node in (tensor.grad_fn, *pastes)]
+            elif pastes and self.seen and writes_analytically(self.func, self.args, self.kwargs):
+                watch.pasted.update(pastes)
         elif tensor.requires_grad and source is None:
             return  # a leaf as it was
         elif not torch.is_grad_enabled() and source is None:
@@ -398,16 +445,12 @@ class _Call:
                 if given.requires_grad or known is not None:
                     aliases.set(tensor, given if known is None else known)
 
-    def _opaque(self) -> bool:
-        if self.known or isinstance(self.func, BuiltinFunctionType):
-            return False
-        if isinstance(self.func, (OpOverload, OpOverloadPacket)):
-            namespace = str(self.func).split(".", 1)[0]
-            return namespace not in ("aten", "adcert", "prims")
-        return isinstance(self.func, FunctionType) and self.name not in _TRANSPARENT
+    def _name_nodes(self, node: Node) -> list[Node]:
+        """Every node between the result and what the call was given was made by this call; those that write to views.
 
-    def _name_nodes(self, node: Node) -> None:
-        """Every node between the result and what the call was given was made by this call."""
+        Nothing else of an in-place function on a view is in the graph.
+        """
+        pastes = []
         made, inputs, stack = self.watch.made, self.inputs, [node]
         place: Site | None = None  # looking for it costs more than all the rest
         while stack:
@@ -420,7 +463,10 @@ class _Call:
             if place is None and name.rstrip("0123456789") not in ANALYTIC:
                 place = site()
             made[node] = (self.name, place)
+            if name == COPY_SLICES:
+                pastes.append(node)
             stack += [source for source, _ in node.next_functions]
+        return pastes
 
 
 def list_tensors(*values: Any) -> list[Tensor]:
@@ -440,6 +486,12 @@ def _gather(values: Iterable[Any], found: list[Tensor]) -> None:
             _gather(value.values(), found)
         elif isinstance(value, slice):
             _gather((value.start, value.stop, value.step), found)
+
+
+def base_of(tensor: Tensor) -> Tensor:
+    """The tensor this one is a view of, else itself; they share one version."""
+    base = tensor._base
+    return tensor if base is None else base
 
 
 _OURS = frozenset(f"adcert.{room}" for room in ("calls", "monitor", "records", "replay", "watch"))

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import adcert
 from adcert import Monitor, Verdict
@@ -109,7 +111,133 @@ def detached_in_place(net: Net) -> Tensor:
     return (h * net.w).sum()
 
 
+def doubled(net: Net) -> Tensor:
+    return (net.w * 2).view(2, 2)
+
+
+def mask_into_a_view(net: Net) -> Tensor:
+    h = doubled(net)
+    h[0].mul_(net.w[:2] > 0)
+    return h.sum()
+
+
+def mask_copied_into_a_view(net: Net) -> Tensor:
+    h = doubled(net)
+    h[0] = net.w[:2] > 0
+    return h.sum()
+
+
+def fill_of_a_view_steered(net: Net) -> Tensor:
+    h = doubled(net)
+    h[0].masked_fill_(net.w[:2] > 0, 0)
+    return h.sum()
+
+
+def kink_in_a_view(net: Net) -> Tensor:
+    h = doubled(net)
+    h[0].abs_()
+    return h.sum()
+
+
+def kink_in_a_view_by_an_overload(net: Net) -> Tensor:
+    h = doubled(net)
+    torch.ops.aten.relu_(h[0])
+    return h.sum()
+
+
+def element_of_a_view_written_twice(net: Net) -> Tensor:
+    h = doubled(net)
+    view = h[0]
+    view[torch.tensor([0, 0])] = net.w[:2]
+    return h.sum()
+
+
+def division_in_a_view(net: Net) -> Tensor:
+    h = doubled(net)
+    h[0].div_(net.w[2:])
+    return h.sum()
+
+
+def view_written_out_of_sight(net: Net) -> Tensor:
+    h = doubled(net)
+    view = h[0]
+    with torch._C.DisableTorchFunction(), torch.no_grad():
+        h.mul_(0)
+    view.add_(1)
+    return h.sum()
+
+
+def view_written_through_another(net: Net) -> Tensor:
+    h = doubled(net)
+    with torch._C.DisableTorchFunction():
+        with torch.no_grad():
+            h.mul_(0)
+        view = h[0]
+    view.add_(1)
+    return h.sum()
+
+
+def view_chosen_out_of_sight(net: Net) -> Tensor:
+    h = doubled(net)
+    with torch._C.DisableTorchFunction():
+        view = h[int(net.w.argmax()) // 2]
+    view.mul_(3)
+    return h.sum()
+
+
+def clamp_inside_cosine_similarity(net: Net) -> Tensor:
+    return F.cosine_similarity(net.w * 1e-10, torch.ones(4), dim=0)
+
+
+def clamp_inside_an_overload(net: Net) -> Tensor:
+    return torch.ops.aten.cosine_similarity.default(net.w * 1e-10, torch.ones(4), 0)
+
+
+def norm_at_zero(net: Net) -> Tensor:
+    return (net.w * 0).norm()
+
+
+class Other(Tensor):
+    """Multiplies in a way of its own."""
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        if func is torch.mul:
+            with torch._C.DisableTorchFunctionSubclass():
+                return args[0] * (args[0] > 0)
+        return super().__torch_function__(func, types, args, kwargs or {})
+
+
+def tensor_of_another_class(net: Net) -> Tensor:
+    return torch.mul(net.w, torch.ones(4).as_subclass(Other)).as_subclass(Tensor).sum()
+
+
+class Dispatched(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return func(*args, **(kwargs or {}))
+
+
+def operators_dispatched_elsewhere(net: Net) -> Tensor:
+    with Dispatched():
+        return (net.w * 2).sum()
+
+
 HIDDEN: list[Callable[[Net], Tensor]] = [
+    mask_into_a_view,
+    mask_copied_into_a_view,
+    fill_of_a_view_steered,
+    kink_in_a_view,
+    kink_in_a_view_by_an_overload,
+    element_of_a_view_written_twice,
+    division_in_a_view,
+    view_written_out_of_sight,
+    view_written_through_another,
+    view_chosen_out_of_sight,
+    clamp_inside_cosine_similarity,
+    clamp_inside_an_overload,
+    norm_at_zero,
+    tensor_of_another_class,
+    operators_dispatched_elsewhere,
     hooks_around_relu,
     hooks_around_pool,
     leaf_written_after_a_module,
@@ -165,7 +293,55 @@ def gradient_that_is_only_looked_at(net: Net) -> Tensor:
     return F.relu(net.w).sum()
 
 
+def dropout_in_a_view(net: Net) -> Tensor:
+    h = doubled(net).flatten()
+    F.dropout(h, 0.5, training=True, inplace=True)
+    return (h * h).sum()
+
+
+def views_written_by_slices(net: Net) -> Tensor:
+    h = torch.zeros(2, 2)
+    h[0] = net.w[:2] * net.w[2:]
+    h[1, :] = net.w[:2]
+    h[..., 1] /= 2
+    return (h * h).sum()
+
+
+def base_used_after_its_view(net: Net) -> Tensor:
+    h = doubled(net)
+    h[0].mul_(3).add_(net.w[2:])
+    return (h * h).sum()
+
+
+def another_view_of_what_was_written(net: Net) -> Tensor:
+    h = doubled(net)
+    first = h[0]
+    h.view(4)[:3].add_(net.w[1:])
+    h.mul_(2)
+    return (first * first).sum()
+
+
+def embedding_without_its_padding(net: Net) -> Tensor:
+    return F.embedding(torch.tensor([1, 3]), net.w[:, None], padding_idx=0).sum()
+
+
+def attention_with_a_mask(net: Net) -> Tensor:
+    h = net.w.view(1, 1, 4, 1)
+    return F.scaled_dot_product_attention(h, h, h, torch.ones(4, 4).tril().bool(), dropout_p=0.1).sum()
+
+
+def norm_of_a_vector(net: Net) -> Tensor:
+    return net.w.norm()
+
+
 SEEN: list[Callable[[Net], Tensor]] = [
+    dropout_in_a_view,
+    views_written_by_slices,
+    base_used_after_its_view,
+    another_view_of_what_was_written,
+    embedding_without_its_padding,
+    attention_with_a_mask,
+    norm_of_a_vector,
     two_normalisations_in_eval,
     two_normalisations_in_train,
     validation_before_training,
@@ -178,6 +354,32 @@ SEEN: list[Callable[[Net], Tensor]] = [
 def test_in_sight_is_certified(loss: Callable[[Net], Tensor]) -> None:
     certificate = observe(loss)
     assert certificate.verdict is Verdict.CERTIFIED, certificate.reasons
+
+
+def test_an_embedding_that_meets_its_padding_is_undecided() -> None:
+    """The gradient of that row is left out, though the function depends on it."""
+    reasons = observe(lambda net: F.embedding(torch.tensor([0, 3]), net.w[:, None], padding_idx=0).sum()).reasons
+    assert reasons and "EmbeddingBackward0" in reasons[0]
+
+
+class Replaced(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        return args[0] * (args[0] > 0) if func is torch.mul else func(*args, **(kwargs or {}))
+
+
+def test_a_function_mode_around_the_step_is_undecided() -> None:
+    """It gets every call after the step's own mode; one inside the step is seen."""
+    with Replaced():
+        around = observe(lambda net: torch.mul(net.w, 1).sum())
+    assert "function mode test_watch.Replaced" in around.reasons[0]
+
+    def inside(net: Net) -> Tensor:
+        with Replaced():
+            return torch.mul(net.w, 1).sum()
+
+    assert "gt at test_watch.py" in observe(inside).reasons[0]
+    with torch.device("cpu"):
+        assert observe(lambda net: torch.mul(net.w, 1).sum()).verdict is Verdict.CERTIFIED
 
 
 def test_node_hooks_are_an_assumption() -> None:
