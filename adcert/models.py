@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
+from functools import partial
 from types import MappingProxyType
 from typing import Final
 
@@ -183,13 +184,24 @@ def _vgg11(num_classes: int, channels: int, size: int, normalise: bool) -> nn.Se
     )
 
 
-def _fnn_relu(num_classes: int, channels: int, size: int) -> nn.Sequential:
+FNN: Final = MappingProxyType[str, tuple[Callable[[], nn.Module], Callable[[Tensor], Tensor]]](
+    {
+        "fnn-relu": (nn.ReLU, lambda w: nn.init.kaiming_normal_(w, nonlinearity="relu")),
+        "fnn-relu6": (nn.ReLU6, lambda w: nn.init.kaiming_normal_(w, nonlinearity="relu")),
+        "fnn-hardtanh": (nn.Hardtanh, nn.init.xavier_normal_),
+        "fnn-hardsigmoid": (nn.Hardsigmoid, lambda w: nn.init.xavier_normal_(w, gain=4.0)),
+    }
+)  # activation, and an initialisation that fits its slope
+
+
+def _fnn(name: str, num_classes: int, channels: int, size: int) -> nn.Sequential:
+    activation, initialise = FNN[name]
     layers: list[nn.Module] = [nn.Flatten()]
     width = channels * size * size
     for hidden in (256, 64):
         linear = nn.Linear(width, hidden)
-        nn.init.kaiming_normal_(linear.weight, nonlinearity="relu")
-        layers += [linear, nn.ReLU()]
+        initialise(linear.weight)
+        layers += [linear, activation()]
         width = hidden
     return nn.Sequential(*layers, nn.Linear(width, num_classes))
 
@@ -202,7 +214,7 @@ MODELS: Final = MappingProxyType[str, _Builder](
         "resnet50": _resnet50,
         "vgg11": lambda k, c, s: _vgg11(k, c, s, normalise=False),
         "vgg11-bn": lambda k, c, s: _vgg11(k, c, s, normalise=True),
-        "fnn-relu": _fnn_relu,
+        **{name: partial(_fnn, name) for name in FNN},
     }
 )
 
@@ -221,7 +233,8 @@ def build(name: str, num_classes: int, channels: int = 3, size: int = 32, seed: 
     * `vgg11`, `vgg11-bn`: Simonyan, Zisserman, "Very Deep Convolutional Networks" (ICLR 2015), configuration
       A with the channels halved and one linear layer, as in the same experiments; He initialisation.
       Convolutions have a bias (under train-mode BatchNorm it has no effect: BatchNorm's beta is the bias).
-    * `fnn-relu`: inputs-256-64-classes with ReLU, the fully connected network of the same experiments.
+    * `fnn-relu`, `fnn-relu6`, `fnn-hardtanh`, `fnn-hardsigmoid`: inputs-256-64-classes with that activation, the fully
+      connected network of the same experiments.
 
     The random state of the program is left as it was.
 

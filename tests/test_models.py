@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from adcert.errors import AdcertError
+from adcert.models import FNN as FNN_MODELS
 from adcert.models import MODELS, BasicBlock, Bottleneck, build
 
 # weights: 3x3 stem; per stage the 3x3 convolutions and the 1x1 shortcut
@@ -20,6 +21,7 @@ RESNET50 = 147 * 64 + 2 * 64 + sum(
     for c, w, n in ((64, 64, 3), (256, 128, 4), (512, 256, 6), (1024, 512, 3))
 )
 VGG_WIDTHS = ((3, 32), (32, 64), (64, 128), (128, 128), (128, 256), (256, 256), (256, 256), (256, 256))
+FNN = 3072 * 256 + 256 + 256 * 64 + 64 + 64 * 10 + 10
 VGG = sum(9 * a * b + b for a, b in VGG_WIDTHS) + 256 * 10 + 10
 PARAMETERS = {
     "resnet18": STEM + STAGES + NORMS + 512 * 10 + 10,
@@ -27,7 +29,7 @@ PARAMETERS = {
     "resnet50": RESNET50 + 2048 * 10 + 10,
     "vgg11": VGG,
     "vgg11-bn": VGG + 2 * sum(b for _, b in VGG_WIDTHS),
-    "fnn-relu": 3072 * 256 + 256 + 256 * 64 + 64 + 64 * 10 + 10,
+    **dict.fromkeys(("fnn-relu", "fnn-relu6", "fnn-hardtanh", "fnn-hardsigmoid"), FNN),
 }
 
 
@@ -118,6 +120,17 @@ def test_same_seed_same_weights_and_random_state_untouched(name: str) -> None:
     pairs = list(zip(first.parameters(), second.parameters(), strict=True))
     assert all(torch.equal(a, b) for a, b in pairs)
     assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("name", FNN_MODELS)
+def test_fully_connected_networks_leave_their_kinks_room(name: str) -> None:
+    """784-256-64-10; the first layer works on both sides of a kink, but not mostly beyond it."""
+    model = build(name, 10, channels=1, size=28)
+    assert [m.in_features for m in model if isinstance(m, nn.Linear)] == [784, 256, 64]
+    x = torch.randn(64, 1, 28, 28, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    y = model[1](model[0](x))
+    (slope,) = torch.autograd.grad(model[2](y).sum(), y)
+    assert 0.3 < float((slope != 0).float().mean()) < 1
 
 
 def test_no_bias_blocks_neither_grow_nor_vanish() -> None:

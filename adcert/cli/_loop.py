@@ -29,7 +29,7 @@ COUNTS = ("windows", "ties", "touches", "differing", "rows", "blocks")
 @dataclass(frozen=True)
 class Job:
     """What to train. Of `epochs` and `steps` the one that ends first counts, without either one epoch;
-    `plain` trains stock modules without a monitor.
+    `plain` trains stock modules without a monitor; `size`: pixels a side, None for what suits model and data.
     """
 
     model: str = "resnet18"
@@ -44,6 +44,13 @@ class Job:
     certificates: Path | None = None
     only_failed: bool = False
     device: str = "cpu"
+    size: int | None = None
+
+    @property
+    def pixels(self) -> int:
+        """Pixels a side of an image."""
+        small = self.model in models.FNN and self.data == "digits"
+        return self.size or (8 if small else data.CROP)
 
 
 @dataclass(frozen=True)
@@ -143,7 +150,7 @@ def run(job: Job, on_step: Callable[[Outcome, StepResult], None]) -> Outcome:
 
     SGD with momentum 0.9, weight decay 1e-4, learning rate 0.05 falling to 0 along a cosine.
     """
-    images = data.load(job.data, 8 if (job.model, job.data) == ("fnn-relu", "digits") else data.CROP)
+    images = data.load(job.data, job.pixels)
     loader = data.Loader(images, job.batch_size, job.seed)
     per_epoch = len(loader)
     by_epochs = per_epoch * (job.epochs or 1)

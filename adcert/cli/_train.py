@@ -12,7 +12,17 @@ from ._console import console, error_console, print_json
 from ._loop import Job, Outcome, run
 from ._show import Display, show_outcome
 
-ModelName = Literal["resnet18", "resnet18-nobias", "resnet50", "vgg11", "vgg11-bn", "fnn-relu"]
+ModelName = Literal[
+    "resnet18",
+    "resnet18-nobias",
+    "resnet50",
+    "vgg11",
+    "vgg11-bn",
+    "fnn-relu",
+    "fnn-relu6",
+    "fnn-hardtanh",
+    "fnn-hardsigmoid",
+]
 DataName = Literal["photos", "digits"]
 DeviceName = Literal["cpu", "cuda"]
 INTERRUPTED = 130
@@ -28,6 +38,10 @@ def train(
             help="photos: 32x32 crops of ten photographs, one class each. digits: 8x8 handwritten digits."
         ),
     ] = "photos",
+    size: Annotated[
+        int | None,
+        typer.Option(min=1, help="Pixels a side (default 32; 8 for a fully connected network on digits)."),
+    ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data (default 1).")] = None,
     steps: Annotated[
         int | None, typer.Option(min=1, help="Number of steps; with --epochs, whichever ends first.")
@@ -84,7 +98,7 @@ def train(
         certificates.mkdir(parents=True, exist_ok=True)
     if threads is not None:
         torch.set_num_threads(threads)
-    job = Job(model, data, epochs, steps, batch_size, seed, log, strict, plain, certificates, only_failed, place)
+    job = Job(model, data, epochs, steps, batch_size, seed, log, strict, plain, certificates, only_failed, place, size)
     with Display(error_console()) as display:
         outcome = run(job, display.update)
     if as_json:
