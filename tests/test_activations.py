@@ -18,7 +18,7 @@ from adcert.activations import Activation
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TABLE = [
     activations.relu(), activations.hardtanh(0.0, 6.0), activations.hardtanh(-1.0, 1.0),
-    activations.hardtanh(-0.1, 0.1), activations.clamp(0.0, None), activations.clamp(None, 0.1), activations.clamp(-0.1, 0.2), activations.magnitude(),
+XX activations.clamp(None, 0.1), activations.clamp(-0.1, 0.2), activations.magnitude(),
     activations.leaky_relu(0.01), activations.leaky_relu(-0.5), activations.prelu(), activations.hardsigmoid(),
     activations.hardswish(), activations.softshrink(0.5), activations.softshrink(0.1), activations.threshold(0.1),
     activations.elu(2.0), activations.elu(0.5), activations.elu(*activations.SELU),
@@ -153,7 +153,7 @@ def test_abs_is_undecided_where_it_is_touched_only() -> None:
 
 
 def test_prelu_slopes_take_part() -> None:
-    """relu(prelu(w, a)) at w = -1, a = 0: y = 0 moves with a alone, dy/da = -1; relu(-prelu(w, a)) asks the opposite."""
+    """relu(prelu(w, a)) at w = -1, a = 0: y = 0 moves with a alone; relu(-prelu(w, a)) asks the opposite."""
     w = nn.Parameter(torch.tensor([-1.0], dtype=torch.float64))
     a = nn.Parameter(torch.tensor([0.0], dtype=torch.float64))
     model = nn.ParameterDict({"w": w, "a": a})
