@@ -28,13 +28,13 @@ from adcert.feasibility import Proof
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
-FORMAT, VERSION = "adcert certificate", 1
+FORMAT, VERSION = "adcert certificate", 2
 MAX_BYTES = 1 << 30  # of a whole file
 MAX_TEXT = 1 << 28  # of certificate.json
 MAX_ENTRIES = 200_000  # of the zip
 MAX_DIGITS = 200_000  # of one integer
 _MANIFEST = "certificate.json"
-_FIELDS = "format version verdict reasons layers blocks system claim shapes scales assumptions fingerprints seconds"
+_FIELDS = "format version verdict reasons layers blocks system claim theorem shapes scales assumptions fingerprints seconds"
 _ARRAY = re.compile(r"arrays/(0|[1-9][0-9]{0,6})\.npy")
 _INTEGER = re.compile(r"-?[0-9]+")
 _DTYPES = tuple(np.dtype(name) for name in ("<f4", "<f8", "<i8", "|u1"))
@@ -115,6 +115,7 @@ def _manifest(certificate: Certificate, arrays: list[Array]) -> dict[str, Any]:
         "blocks": blocks,
         "system": certificate.system,
         "claim": certificate.claim,
+        "theorem": certificate.theorem,
         "shapes": {name: list(shape) for name, shape in certificate.shapes.items()},
         "scales": certificate.scales,
         "assumptions": list(certificate.assumptions),
@@ -185,6 +186,8 @@ class _Reader:
             data = json.loads(self.archive.read(_MANIFEST), parse_constant=_refuse)
         except RecursionError as error:
             raise CertificateError(f"{_MANIFEST} is nested too deeply") from error
+        if isinstance(data, dict) and data.get("version") == 1 and "theorem" not in data:
+            data = {"theorem": "", **data, "version": VERSION}  # the first format does not name it
         _keys(data, _FIELDS, "certificate")
         if data["format"] != FORMAT or data["version"] != VERSION:
             raise CertificateError(
@@ -199,6 +202,7 @@ class _Reader:
             blocks=_sequence(data["blocks"], self.block),
             system=_text(data["system"]),
             claim=_text(data["claim"]),
+            theorem=_text(data["theorem"]),
             shapes=_mapping(data["shapes"], lambda shape: _sequence(shape, _count)),
             scales=_mapping(data["scales"], _count),
             assumptions=_sequence(data["assumptions"], _text),

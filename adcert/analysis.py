@@ -17,6 +17,7 @@ from torch import Tensor
 from .audit import audit_graph
 from .certificate import Block
 from .conclusion import LARGE, LayerFindings, Observed, Prints
+from .coverage import Cover, Facts, cover, facts_of, matrices, pools
 from .decisions import decide_record
 from .differences import RowSet
 from .findings import Findings, Scope
@@ -48,6 +49,7 @@ class StepAnalysis:
         self.findings: dict[OpRecord, Findings] = {}
         self.taus: dict[OpRecord, Tau] = {}
         self.bias: dict[OpRecord, str] = {}
+        self.facts: dict[OpRecord, Facts] = {}  # of every record, unless one pools
         self.ranks: dict[str, int] = {}
         self.prints: dict[str, Prints] = {}
         self.empty: list[tuple[str, Block]] = []  # the leaf of a block that is proved empty already
@@ -161,8 +163,11 @@ class StepAnalysis:
         self.ranks.update(ranks.of)
         scope = Scope(graph, ranks, self.strict)
         fresh: dict[OpRecord, Findings] = {}
+        pooled = any(pools(record) for record in self.taus)
         for record in records:
             self.bias[record] = ranks.bias[record].kind if record in ranks.bias else "none"
+            if not pooled:
+                self.facts[record] = facts_of(graph, record, order.own[record], ranks.bias.get(record))
             with self._guarded(record):
                 fresh[record] = decide_record(scope, record)
         self._settle_rows(scope, fresh)
@@ -252,6 +257,7 @@ class StepAnalysis:
         if not failures:
             failures += self._misplaced(rowsets, ranks)
         shapes = {name: tuple(tensor.shape) for name, tensor in self.leaves.trainable().items()}
+        covered, independent = self._covered(order)
         return Observed(
             failures=failures,
             doubts=[doubt for found in self.findings.values() for doubt in found.doubts],
@@ -262,11 +268,19 @@ class StepAnalysis:
             unlisted=sum(found.unlisted for found in self.findings.values()),
             shapes=shapes,
             strict=self.strict,
+            cover=covered,
+            matrices=independent,
             assumptions=(*self.assumptions, *assumptions),
             prints=dict(self.prints),
             gradients=gradients,
             seconds=dict(self.seconds),
         )
+
+    def _covered(self, order: Order) -> tuple[Cover | None, frozenset[str]]:
+        """The theorem that covers the whole step, and the matrices of Theorem 5: every record's facts are needed."""
+        if self.facts.keys() != self.taus.keys():
+            return None, frozenset()
+        return cover(order, self.facts), matrices(order, self.facts)
 
     def _final_ranks(self, order: Order) -> dict[str, int]:
         """Ranks 1, 2, ... in the final order of all graphs; leaves without a layer rank with the first."""

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from .differences import broadcast_index
@@ -42,7 +43,7 @@ def bias_of(graph: Graph, record: OpRecord, own: frozenset[str]) -> Bias | None:
     if _paths(graph, record, leaf) != 1:
         return None
     units = math.prod(record.input_shape[1:])
-    distinct = graph.leaves.tensor(leaf).numel() == units
+    distinct = graph.leaves.tensor(leaf).numel() == units == len(torch.unique(group(torch.arange(units))))
     return Bias(leaf, group, "distinct" if distinct else "shared", run)
 
 

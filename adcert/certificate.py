@@ -24,6 +24,8 @@ from adcert.feasibility import Proof, check_direction, check_proof
 SYSTEMS = ("paper", "lexicographic", "joint")
 CLAIMS = ("bouligand", "clarke")
 RULES = ("touch", "tie")
+THEOREMS = tuple(f"Theorem {name}" for name in ("1", "4", "5", "6", "8", "E4"))
+UNPOOLED = ("Theorem 1", "Theorem 4", "Theorem 6", "Theorem 5")  # the first three rest on biases
 BIASES = ("none", "distinct", "shared", "partial")
 
 
@@ -100,7 +102,8 @@ class Certificate:
 
     ``reasons``: empty iff certified (a list, whatever sequence was given). ``system``: which system was
     decided ("paper" P_l, "lexicographic" or "joint" E4). ``claim``: the set the gradient is certified to lie
-    in. ``shapes``: of every trainable parameter. ``scales``: rank per parameter, rank 1 perturbed least.
+    in. ``theorem``: the one a certified step rests on; 1, 4 and 6 hold for the network whatever the values are.
+    ``shapes``: of every trainable parameter. ``scales``: rank per parameter, rank 1 perturbed least.
     ``fingerprints``: op -> sha256 of its recorded decisions. ``seconds``: stage -> time.
 
     >>> columns, rows = (Column("w", np.array([0, 1])),), np.array([[1.0, -2.0]])
@@ -125,6 +128,7 @@ class Certificate:
     assumptions: tuple[str, ...] = ()
     fingerprints: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
+    theorem: str = ""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reasons", list(self.reasons))
@@ -185,6 +189,8 @@ class Certificate:
             raise CertificateError("reasons must be empty for a certified step, and given for any other")
         if self.claim not in (CLAIMS if certified else ("",)):
             raise CertificateError(f"claim {self.claim!r} does not fit the verdict {self.verdict}")
+        if self.theorem not in (("", *THEOREMS) if certified else ("",)):
+            raise CertificateError(f"theorem {self.theorem!r} does not fit the verdict {self.verdict}")
         if any(size < 0 for shape in self.shapes.values() for size in shape):
             raise CertificateError("a parameter has a negative size")
         for name, rank in self.scales.items():
@@ -242,6 +248,10 @@ class Certificate:
                 report.differing,
                 *report.exemptions.values(),
             )
+            if self.theorem in UNPOOLED and report.ties:
+                raise CertificateError(f"layer {report.name!r} has ties, which {self.theorem} excludes")
+            if self.theorem in UNPOOLED[:3] and report.touches and report.bias == "none":
+                raise CertificateError(f"layer {report.name!r} has no bias, which {self.theorem} needs")
             if report.bias not in BIASES or min(counts) < 0 or report.ties > report.windows:
                 raise CertificateError(f"layer {report.name!r}: impossible counts or bias structure")
 
@@ -269,7 +279,8 @@ class Certificate:
 
     def summary(self) -> str:
         """A few lines for people: the verdict, why, and what each layer saw."""
-        claim = f" ({self.claim} subgradient)" if self.claim else ""
+        by = f", {self.theorem}" if self.theorem else ""
+        claim = f" ({self.claim} subgradient{by})" if self.claim else ""
         lines = [f"{self.verdict}{claim}, {self.system} system, {sum(len(b.rows) for b in self.blocks)} rows"]
         lines += [f"  because {reason}" for reason in self.reasons]
         for report in self.layers:

@@ -12,9 +12,11 @@ import torch
 
 from .certificate import Block, Certificate, LayerReport, Verdict
 from .choices import Ties
+from .coverage import Cover
 from .differences import RowSet
 from .findings import Findings
 from .gradients import Gradients
+from .independence import independent
 from .records import OpRecord
 from .systems import Memory, Solved, System, count_blocks, solve
 
@@ -72,7 +74,8 @@ class Observed:
     ``failures``: of the audit, nothing can be concluded; ``doubts``: single decisions that are open. ``ranks``: of the
     leaves that belong to a layer. ``empty``: blocks that are proved empty already, with a leaf of each; ``unlisted``:
     rows that were left out of ``rowsets`` because of that. Of ``rowsets`` and ``gradients`` some values may still be on
-    their way from a device.
+    their way from a device. ``cover``: the theorem that covers the step whatever its values are. ``matrices``: A_l of every
+    layer with kinks, if the step has the form of Theorem 5.
     """
 
     failures: list[str]
@@ -87,6 +90,8 @@ class Observed:
     assumptions: tuple[str, ...]
     prints: dict[str, Prints]
     gradients: Gradients | None = None
+    cover: Cover | None = None
+    matrices: frozenset[str] = frozenset()
     seconds: dict[str, float] = field(default_factory=dict)
 
     @classmethod
@@ -123,13 +128,15 @@ def conclude(step: Observed, memory: Memory | None = None) -> Certificate:
         failures.append(f"{left} rows or blocks were left out though no other one is proved empty")  # a defect of ours
     verdict, reasons = _verdict(failures, step.doubts, blocks)
     scales = {name: step.ranks.get(name, 1) for name in step.shapes}
+    layers = tuple(_report(layer, solved) for layer in step.layers)
     certificate = Certificate(
         verdict=verdict,
         reasons=reasons,
-        layers=tuple(_report(layer, solved) for layer in step.layers),
+        layers=layers,
         blocks=tuple(blocks),
         system="paper" if step.strict else "lexicographic",
         claim="bouligand" if verdict is Verdict.CERTIFIED else "",
+        theorem=_theorem(step, layers, blocks) if verdict is Verdict.CERTIFIED else "",
         shapes=step.shapes,
         scales=scales,
         assumptions=step.assumptions,
@@ -138,6 +145,25 @@ def conclude(step: Observed, memory: Memory | None = None) -> Certificate:
     )
     certificate.seconds["solve"] = time.perf_counter() - start
     return certificate
+
+
+def _theorem(step: Observed, layers: tuple[LayerReport, ...], blocks: list[Block]) -> str:
+    """The theorem a certified step rests on: one that needs no values, else 5 where it holds, else the system's own."""
+    if step.cover is not None:
+        return step.cover.theorem
+    if step.matrices and _independent(step.matrices, layers, blocks):
+        return "Theorem 5"
+    return "Theorem 8" if step.strict else "Theorem E4"
+
+
+def _independent(matrices: frozenset[str], layers: tuple[LayerReport, ...], blocks: list[Block]) -> bool:
+    """Theorem 5, sharpened: the inputs z of the samples in which a unit touches are independent, for every unit.
+
+    Only those of each unit have to be: they are the rows of its block. If all columns of z are independent, they are.
+    """
+    touches, rows = sum(layer.touches for layer in layers), sum(len(block.rows) for block in blocks)
+    own = all(column.parameter in matrices for block in blocks for column in block.columns)
+    return touches == rows and own and all(independent(b.rows, b.minus, b.radius) for b in blocks)
 
 
 def failed(step: Observed, reason: str) -> Certificate:

@@ -143,6 +143,7 @@ def summarize(number: int, certificate: Certificate) -> dict[str, Any]:
         "reasons": list(certificate.reasons),
         "system": certificate.system,
         "claim": certificate.claim,
+        "theorem": certificate.theorem,
         **{key: sum(layer[key] for layer in layers) for key in counts[:-1]},
         "exemptions": dict(exemptions),
         "seconds": {key: round(value, 6) for key, value in certificate.seconds.items()},
@@ -153,7 +154,10 @@ def summarize(number: int, certificate: Certificate) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Report:
-    """Totals of a run; also the last line of its log. ``reasons``: reason -> number of steps that gave it."""
+    """Totals of a run; also the last line of its log.
+
+    ``reasons``: reason -> number of steps that gave it; ``theorems``: theorem -> number of certified steps that rest on it.
+    """
 
     steps: int = 0
     certified: int = 0
@@ -167,6 +171,7 @@ class Report:
     rows: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     reasons: dict[str, int] = field(default_factory=dict)
+    theorems: dict[str, int] = field(default_factory=dict)
     layers: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
@@ -225,6 +230,7 @@ class Monitor:
         self._totals: Counter[str] = Counter()
         self._seconds: dict[str, float] = defaultdict(float)
         self._reasons: Counter[str] = Counter()
+        self._theorems: Counter[str] = Counter()
         self._layers: dict[str, Counter[str]] = {}
         self._memory = Memory()
         self._rooms = Rooms()
@@ -319,6 +325,7 @@ class Monitor:
         for stage, seconds in summary["seconds"].items():
             self._seconds[stage] += seconds
         self._reasons.update(summary["reasons"])
+        self._theorems.update([summary["theorem"]] if summary["theorem"] else [])
         for layer in summary["layers"]:
             total = self._layers.setdefault(layer["name"], Counter())
             for key in ("windows", "ties", "touches", "differing", "rows"):
@@ -355,7 +362,13 @@ class Monitor:
         )
         totals = {name: int(self._totals[name]) for name in names}
         layers = {name: dict(total) for name, total in self._layers.items()}
-        return Report(**totals, seconds=dict(self._seconds), reasons=dict(self._reasons), layers=layers)
+        return Report(
+            **totals,
+            seconds=dict(self._seconds),
+            reasons=dict(self._reasons),
+            theorems=dict(self._theorems),
+            layers=layers,
+        )
 
 
 def certify(closure: Callable[[], Tensor], model: torch.nn.Module, strict: bool = False) -> Certificate:

@@ -81,7 +81,12 @@ def certified() -> Certificate:
         ("values under no_grad are constants",),
         {"relu1": "ab" * 32},
         {"forward": 0.5, "rows": 0.0},
+        "Theorem E4",
     )
+
+
+def touched(bias: str) -> LayerReport:
+    return dataclasses.replace(certified().layers[0], bias=bias, ties=0, differing=0)
 
 
 def uncertified() -> Certificate:
@@ -98,6 +103,7 @@ def uncertified() -> Certificate:
         verdict=Verdict.UNCERTIFIED,
         reasons=("conv1: the system is empty",),
         claim="",
+        theorem="",
         blocks=(empty, *base.blocks[1:]),
     )
 
@@ -110,6 +116,7 @@ def undecided() -> Certificate:
         verdict=Verdict.UNDECIDED,
         reasons=("aten::sort was not recorded",),
         claim="",
+        theorem="",
         blocks=(open_block, *base.blocks[1:]),
     )
 
@@ -216,6 +223,16 @@ BAD: dict[str, tuple[Callable[[], Certificate], str]] = {
     "no reason": (lambda: dataclasses.replace(undecided(), reasons=()), "reasons"),
     "claim without certificate": (lambda: dataclasses.replace(undecided(), claim="clarke"), "claim"),
     "unknown claim": (lambda: dataclasses.replace(certified(), claim="frechet"), "claim"),
+    "theorem without certificate": (lambda: dataclasses.replace(undecided(), theorem="Theorem 6"), "theorem"),
+    "unknown theorem": (lambda: dataclasses.replace(certified(), theorem="Theorem 7"), "theorem"),
+    "a theorem on biases without a bias": (
+        lambda: dataclasses.replace(certified(), theorem="Theorem 6", layers=(touched("none"), certified().layers[1])),
+        "no bias, which Theorem 6 needs",
+    ),
+    "a theorem without poolings over ties": (
+        lambda: dataclasses.replace(certified(), theorem="Theorem 6"),
+        "ties, which Theorem 6 excludes",
+    ),
     "certified without claim": (lambda: dataclasses.replace(certified(), claim=""), "claim"),
     "unknown system": (lambda: dataclasses.replace(certified(), system="guess"), "system"),
     "joint with ranks": (lambda: dataclasses.replace(certified(), system="joint"), "rank"),
@@ -380,7 +397,9 @@ def rewrite_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 
 FORGED_FIELDS: list[tuple[list[Any], Any]] = [
     (["format"], "pickle"),
-    (["version"], 2),
+    (["version"], 1),  # which knows no theorem
+    (["version"], 3),
+    (["theorem"], 6),
     (["version"], "1"),
     (["verdict"], "surely"),
     (["verdict"], None),
@@ -424,6 +443,15 @@ FORGED_FIELDS: list[tuple[list[Any], Any]] = [
     (["layers", 0, "extra"], 1),
     (["blocks", 0, "extra"], 1),
 ]
+
+
+def test_a_file_of_the_first_format_names_no_theorem(saved: Path) -> None:
+    def change(data: Any) -> None:
+        data["version"] = 1
+        del data["theorem"]
+
+    rewrite_json(saved, change)
+    assert Certificate.load(saved).theorem == ""
 
 
 @pytest.mark.parametrize(("path", "value"), FORGED_FIELDS, ids=lambda x: str(x)[:40])
@@ -598,7 +626,7 @@ def test_numpy_numbers_are_written_as_plain_ones(tmp_path: Path) -> None:
 
 
 def test_summary_names_verdict_layers_and_reasons() -> None:
-    assert str(certified()).startswith("certified (bouligand subgradient), lexicographic system, 3 rows")
+    assert str(certified()).startswith("certified (bouligand subgradient, Theorem E4), lexicographic system, 3 rows")
     assert "conv1: 9 windows, 2 tied, 1 touches, 3 rows in 2 blocks (exempt: 4 congruent)" in certified().summary()
     assert "because aten::sort was not recorded" in undecided().summary()
 

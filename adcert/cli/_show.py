@@ -152,6 +152,8 @@ def _show_verdicts(console: Console, outcome: Outcome) -> None:
     for verdict in ("certified", "uncertified", "undecided"):
         share = f"{report[verdict] / report['steps']:.1%}" if report["steps"] else "-"
         table.add_row(styled(verdict), str(report[verdict]), share)
+    for theorem, steps in report["theorems"].items():
+        table.add_row(f"  by {theorem}", str(steps), "")
     if report.get("aborted"):
         table.add_row("aborted", str(report["aborted"]), "")
     console.print(table)

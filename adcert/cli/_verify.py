@@ -55,6 +55,7 @@ def check(path: Path) -> dict[str, Any]:
         "reasons": list(certificate.reasons),
         "system": certificate.system,
         "claim": certificate.claim,
+        "theorem": certificate.theorem,
         "blocks": len(certificate.blocks),
         "rows": sum(len(block.rows) for block in certificate.blocks),
         "assumptions": list(certificate.assumptions),
@@ -63,10 +64,10 @@ def check(path: Path) -> dict[str, Any]:
 
 
 def _show(results: list[dict[str, Any]]) -> None:
-    table = Table("file", "check", "verdict", "system", "claim", "blocks", "rows", "remark", box=SIMPLE_HEAD)
+    table = Table("file", "check", "verdict", "system", "claim", "theorem", "blocks", "rows", "remark", box=SIMPLE_HEAD)
     for result in results:
         if not result["valid"]:
-            table.add_row(result["file"], Text("invalid", "red"), "", "", "", "", "", Text(result["error"]))
+            table.add_row(result["file"], Text("invalid", "red"), *[""] * 6, Text(result["error"]))
             continue
         table.add_row(
             result["file"],
@@ -74,6 +75,7 @@ def _show(results: list[dict[str, Any]]) -> None:
             styled(result["verdict"]),
             result["system"],
             result["claim"],
+            result["theorem"],
             str(result["blocks"]),
             str(result["rows"]),
             Text("; ".join(result["reasons"])),

@@ -1,0 +1,236 @@
+"""Which of Theorems 1, 4, 5 and 6 cover a whole graph: decided from its structure, no value looked at.
+
+Theorems 1, 4 and 6 say that AD's gradient is right whatever the values are. All three follow from Theorem E4: the
+direction that moves every bias to the side its layer's proxies stand for, deeper layers faster, moves every touching unit
+to that side, since a unit's own bias enters with coefficient one and dominates everything upstream. So what has to be
+checked is that this direction exists: :func:`failing` lists what stands in its way.
+
+With proxies strictly between the one-sided derivatives (``lambda`` in (0, 1)), let a class be the units that share a bias
+entry. No path through the network meets a class twice (a record whose bias is another's lies beside it, never below), so
+AD's gradient is affine in the ``lambda`` of each class. At the vertices, every ``lambda`` 0 or 1, it is in dB by the above;
+so it is in their convex hull, hence in dC. That needs one ``lambda`` for each class.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import torch
+
+from .bias import Bias
+from .layers import Graph, Order, kind_of, shape_of
+from .records import Node, OpRecord
+from .rows import SAME_UNITS
+
+ALWAYS = ("Theorem 1", "Theorem 4", "Theorem 6")  # no work at run time
+
+
+@dataclass(frozen=True)
+class Kink:
+    """A kink of rho: where it is, ``below`` = D-, ``above`` = D+, AD's proxy, and its side (-1, 1, or 0 for neither).
+
+    >>> Kink(0.0, 0.0, 1.0, 0.25, 0).weight
+    Fraction(3, 4)
+    """
+
+    at: float
+    below: float
+    above: float
+    proxy: float
+    side: int
+
+    @property
+    def weight(self) -> Fraction | None:
+        """``lambda`` in [0, 1] with proxy = lambda D- + (1 - lambda) D+, exactly; None if there is none."""
+        if self.side:
+            return Fraction(self.side < 0)
+        if self.below == self.above or not all(map(math.isfinite, (self.below, self.above, self.proxy))):
+            return None
+        below, above, proxy = map(Fraction, (self.below, self.above, self.proxy))
+        weight = (above - proxy) / (above - below)
+        return weight if 0 <= weight <= 1 else None
+
+
+@dataclass(frozen=True, eq=False)
+class Facts:
+    """What the theorems ask about one recorded operation.
+
+    ``kinks``: of rho, none where it is the identity. ``pooled``: phi is a max over windows of two or more units.
+    ``single``: no two units, over all samples, share a bias entry. ``matrix``: (leaf, rows B of the input, features) where
+    ``y = z A^T (+ b)`` with the leaf A, which nothing else in the layer is computed from.
+    """
+
+    name: str
+    kinks: tuple[Kink, ...]
+    pooled: bool
+    bias: Bias | None
+    single: bool = False
+    matrix: tuple[str, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Cover:
+    """The theorem that covers a graph, and the set it puts AD's gradient in."""
+
+    theorem: str
+    claim: str
+
+
+def facts_of(graph: Graph, record: OpRecord, own: frozenset[str], bias: Bias | None) -> Facts:
+    """The facts of a record; ``bias``: what :func:`adcert.bias.bias_of` says of it."""
+    units = math.prod(record.input_shape)
+    single = False
+    if bias is not None and graph.leaves.tensor(bias.leaf).numel() == units:
+        single = len(torch.unique(bias.group(torch.arange(units)))) == units
+    return Facts(record.name, kinks_of(record), pools(record), bias, single, _matrix(graph, record, own))
+
+
+def kinks_of(record: OpRecord) -> tuple[Kink, ...]:
+    """The kinks of a record's rho, with the proxies of the running torch in the record's dtype and on its device."""
+    if not record.relu:
+        return ()
+    value = _relu_proxy(record.output.dtype, record.output.device)
+    return (Kink(0.0, 0.0, 1.0, value, -1 if value == 0.0 else 1 if value == 1.0 else 0),)
+
+
+@functools.lru_cache(maxsize=64)
+def _relu_proxy(dtype: torch.dtype, device: torch.device) -> float:
+    with torch.enable_grad(), torch.inference_mode(False), torch._C.DisableTorchFunction():
+        x = torch.zeros((), dtype=dtype, device=device, requires_grad=True)
+        return float(torch.autograd.grad(torch.relu(x), x)[0])
+
+
+def pools(record: OpRecord) -> bool:
+    """Is phi a max over windows of two or more units?"""
+    return record.ties is not None and math.prod(record.ties.window.kernel) > 1
+
+
+def _matrix(graph: Graph, record: OpRecord, own: frozenset[str]) -> tuple[str, int, int] | None:
+    node: Node = record.edge[0]
+    while node is not None and node not in graph.record_of and kind_of(node) in SAME_UNITS:
+        node = node.next_functions[0][0]
+    if node is None or node in graph.record_of or kind_of(node) not in ("AddmmBackward", "MmBackward"):
+        return None
+    sources = [edge[0] for edge in node.next_functions]
+    if kind_of(node) == "AddmmBackward":
+        if node._saved_alpha != 1 or node._saved_beta != 1:
+            return None
+        bias, *sources = sources
+        if bias is not None and graph.leaf(bias) not in own:
+            return None
+    weight = sources[1]
+    if weight is not None and kind_of(weight) == "TBackward":
+        weight = weight.next_functions[0][0]
+    leaf = None if weight is None else graph.leaf(weight)
+    if leaf is None or leaf not in own or _reads(graph, sources[0], leaf):
+        return None
+    rows, outputs = shape_of(node, 0)
+    return leaf, rows, graph.leaves.tensor(leaf).numel() // max(1, outputs)
+
+
+def _reads(graph: Graph, start: Node, leaf: str) -> bool:
+    """Is the leaf read above ``start`` without a recorded operation in between?"""
+    stack, seen = [start], set()
+    while stack:
+        node = stack.pop()
+        if node is None or node in seen or node in graph.record_of:
+            continue
+        seen.add(node)
+        if graph.leaf(node) == leaf:
+            return True
+        stack += [source for source, _ in node.next_functions]
+    return False
+
+
+def failing(order: Order, facts: dict[OpRecord, Facts]) -> dict[str, tuple[str, ...]]:
+    """Per theorem the conditions that fail in a graph, each with the operation's name; nothing fails: it applies.
+
+    Theorems 1, 4 and 6 then hold at every step. Theorem 5 still asks for independent inputs at every step that touches.
+    """
+    kinked = {record: fact for record, fact in facts.items() if fact.kinks}
+    common = [order.problem] if order.problem else []
+    common += [f"{fact.name}: max pooling over windows of several units (Lemma 7)" for fact in facts.values() if fact.pooled]
+    biased = common + list(_biases(order, kinked))
+    spread = [f"{fact.name}: {_outside(fact)}" for fact in kinked.values() if _outside(fact)]
+    distinct = [f"{f.name}: its bias is shared" for f in kinked.values() if f.bias and f.bias.kind != "distinct"]
+    return {
+        "Theorem 1": tuple(biased + spread + list(_samples(kinked.values()))),
+        "Theorem 4": tuple(biased + spread + distinct + list(_weights(kinked.values()))),
+        "Theorem 6": tuple(biased + spread + list(_weights(kinked.values()))),
+        "Theorem 5": tuple(common + spread + list(_matrices(order, kinked))),
+    }
+
+
+def cover(order: Order, facts: dict[OpRecord, Facts]) -> Cover | None:
+    """The first of Theorems 1, 4 and 6 that covers every recorded operation; None if none does."""
+    conditions = failing(order, facts)
+    theorem = next((theorem for theorem in ALWAYS if not conditions[theorem]), None)
+    return None if theorem is None else Cover(theorem, claim_of(facts.values()))
+
+
+def matrices(order: Order, facts: dict[OpRecord, Facts]) -> frozenset[str]:
+    """The matrices A_l, if the graph has the form of Theorem 5; none else."""
+    if failing(order, facts)["Theorem 5"]:
+        return frozenset()
+    return frozenset(fact.matrix[0] for fact in facts.values() if fact.matrix is not None)
+
+
+def claim_of(facts: Collection[Facts]) -> str:
+    """The set that holds AD's gradient where every condition on proxies is met."""
+    return "bouligand" if all(kink.side for fact in facts for kink in fact.kinks) else "clarke"
+
+
+def _biases(order: Order, kinked: dict[OpRecord, Facts]) -> Iterator[str]:
+    """Every kinked record needs a bias of its own layer, which no other record reads in another way."""
+    for fact in kinked.values():
+        if fact.bias is None:
+            yield f"{fact.name}: no trainable bias of its own is added to its input (Lemma 2)"
+    leaves = {fact.bias.leaf for fact in kinked.values() if fact.bias is not None}
+    for record, own in order.own.items():
+        mine = kinked[record].bias if record in kinked else None
+        for leaf in sorted(own & leaves):
+            if mine is None or mine.leaf != leaf:
+                yield f"{record.name}: reads {leaf}, the bias of another operation, in another way"
+
+
+def _outside(fact: Facts) -> str:
+    for kink in fact.kinks:
+        if kink.weight is None:
+            return f"the proxy {kink.proxy:g} at {kink.at:g} lies outside [{kink.below:g}, {kink.above:g}]"
+    return ""
+
+
+def _weights(facts: Collection[Facts]) -> Iterator[str]:
+    """One lambda for all units that add the same bias."""
+    users: dict[str, list[Facts]] = defaultdict(list)
+    for fact in facts:
+        if fact.bias is not None:
+            users[fact.bias.leaf].append(fact)
+    for same in users.values():
+        weights = {kink.weight for fact in same for kink in fact.kinks} - {None}
+        if len(weights) > 1:
+            names = " and ".join(fact.name for fact in same)
+            yield f"{names}: proxies from different sides (Lemma 3)"
+
+
+def _samples(facts: Collection[Facts]) -> Iterator[str]:
+    users = Counter(fact.bias.leaf for fact in facts if fact.bias is not None)
+    for fact in facts:
+        if fact.bias is not None and users[fact.bias.leaf] > 1:
+            yield f"{fact.name}: another operation adds the same bias {fact.bias.leaf}"
+        elif fact.bias is not None and not fact.single:
+            yield f"{fact.name}: several units or samples share an entry of its bias {fact.bias.leaf}"
+
+
+def _matrices(order: Order, kinked: dict[OpRecord, Facts]) -> Iterator[str]:
+    users = Counter(leaf for own in order.own.values() for leaf in own)
+    for fact in kinked.values():
+        if fact.matrix is None:
+            yield f"{fact.name}: its input is not z A^T (+ b) with a trainable matrix A of its own"
+        elif users[fact.matrix[0]] > 1:
+            yield f"{fact.name}: {fact.matrix[0]} is used by several operations"
