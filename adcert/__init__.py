@@ -7,16 +7,19 @@ from .certificate import Certificate, Verdict
 from .convert import convert, unconvert
 from .errors import AdcertError, CertificateError, UncertifiedError
 from .monitor import Monitor, certify
+from .theorems import Analysis, analyze
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AdcertError",
+    "Analysis",
     "Certificate",
     "CertificateError",
     "Monitor",
     "UncertifiedError",
     "Verdict",
+    "analyze",
     "certify",
     "convert",
     "nn",

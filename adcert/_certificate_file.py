@@ -34,7 +34,8 @@ MAX_TEXT = 1 << 28  # of certificate.json
 MAX_ENTRIES = 200_000  # of the zip
 MAX_DIGITS = 200_000  # of one integer
 _MANIFEST = "certificate.json"
-_FIELDS = "format version verdict reasons layers blocks system claim theorem shapes scales assumptions fingerprints seconds"
+_FIELDS = """format version verdict reasons layers blocks system claim theorem shapes scales assumptions
+    fingerprints seconds"""
 _ARRAY = re.compile(r"arrays/(0|[1-9][0-9]{0,6})\.npy")
 _INTEGER = re.compile(r"-?[0-9]+")
 _DTYPES = tuple(np.dtype(name) for name in ("<f4", "<f8", "<i8", "|u1"))

@@ -47,6 +47,16 @@ def bias_of(graph: Graph, record: OpRecord, own: frozenset[str]) -> Bias | None:
     return Bias(leaf, group, "distinct" if distinct else "shared", run)
 
 
+def partly_biased(graph: Graph, record: OpRecord, own: frozenset[str]) -> bool:
+    """Do some units of a record's y add a bias, where not all add the same one (branches that are concatenated)?"""
+    edge = record.edge
+    while edge[0] is not None and edge[0] not in graph.record_of and kind_of(edge[0]) in SAME_UNITS:
+        edge = edge[0].next_functions[0]
+    if edge[0] is None or edge[0] in graph.record_of or kind_of(edge[0]) != "CatBackward":
+        return False
+    return any(_search(graph, part, lambda units: units, own) is not None for part in edge[0].next_functions)
+
+
 def _paths(graph: Graph, record: OpRecord, leaf: str) -> int:
     """Number of paths from y to a leaf inside the layer; on a single one the coefficient is the path's alone."""
     known: dict[Node, int] = {}

@@ -74,8 +74,8 @@ class Observed:
     ``failures``: of the audit, nothing can be concluded; ``doubts``: single decisions that are open. ``ranks``: of the
     leaves that belong to a layer. ``empty``: blocks that are proved empty already, with a leaf of each; ``unlisted``:
     rows that were left out of ``rowsets`` because of that. Of ``rowsets`` and ``gradients`` some values may still be on
-    their way from a device. ``cover``: the theorem that covers the step whatever its values are. ``matrices``: A_l of every
-    layer with kinks, if the step has the form of Theorem 5.
+    their way from a device. ``cover``: the theorem that covers the step whatever its values are. ``matrices``: A_l of
+    every layer with kinks, if the step has the form of Theorem 5.
     """
 
     failures: list[str]

@@ -1,21 +1,21 @@
 """Which of Theorems 1, 4, 5 and 6 cover a whole graph: decided from its structure, no value looked at.
 
 Theorems 1, 4 and 6 say that AD's gradient is right whatever the values are. All three follow from Theorem E4: the
-direction that moves every bias to the side its layer's proxies stand for, deeper layers faster, moves every touching unit
-to that side, since a unit's own bias enters with coefficient one and dominates everything upstream. So what has to be
-checked is that this direction exists: :func:`failing` lists what stands in its way.
+direction that moves every bias to the side its layer's proxies stand for, deeper layers faster, moves every touching
+unit to that side, since a unit's own bias enters with coefficient one and dominates everything upstream. So what has to
+be checked is that this direction exists: :func:`failing` lists what stands in its way.
 
-With proxies strictly between the one-sided derivatives (``lambda`` in (0, 1)), let a class be the units that share a bias
-entry. No path through the network meets a class twice (a record whose bias is another's lies beside it, never below), so
-AD's gradient is affine in the ``lambda`` of each class. At the vertices, every ``lambda`` 0 or 1, it is in dB by the above;
-so it is in their convex hull, hence in dC. That needs one ``lambda`` for each class.
+With proxies strictly between the one-sided derivatives (``lambda`` in (0, 1)), let a class be the units that share a
+bias entry. No path through the network meets a class twice (a record whose bias is another's lies beside it, never
+below), so AD's gradient is affine in the ``lambda`` of each class. At the vertices, every ``lambda`` 0 or 1, it is in
+dB by the above; so it is in their convex hull, hence in dC. That needs one ``lambda`` for each class.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from fractions import Fraction
@@ -27,7 +27,7 @@ from .layers import Graph, Order, kind_of, shape_of
 from .records import Node, OpRecord
 from .rows import SAME_UNITS
 
-ALWAYS = ("Theorem 1", "Theorem 4", "Theorem 6")  # no work at run time
+STATIC = ("Theorem 1", "Theorem 4", "Theorem 6")  # no work at run time
 
 
 @dataclass(frozen=True)
@@ -61,8 +61,9 @@ class Facts:
     """What the theorems ask about one recorded operation.
 
     ``kinks``: of rho, none where it is the identity. ``pooled``: phi is a max over windows of two or more units.
-    ``single``: no two units, over all samples, share a bias entry. ``matrix``: (leaf, rows B of the input, features) where
-    ``y = z A^T (+ b)`` with the leaf A, which nothing else in the layer is computed from.
+    ``single``: no two units, over all samples, share a bias entry. ``mixed``: units that a window holds may add
+    different ones. ``matrix``: (leaf, rows B of the input, features) where ``y = z A^T (+ b)`` with the leaf A, which
+    nothing else in the layer is computed from.
     """
 
     name: str
@@ -70,7 +71,16 @@ class Facts:
     pooled: bool
     bias: Bias | None
     single: bool = False
+    mixed: bool = False
     matrix: tuple[str, int, int] | None = None
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A condition that does not hold, and the operation it fails for ("" for the whole network)."""
+
+    reason: str
+    operation: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,7 +97,14 @@ def facts_of(graph: Graph, record: OpRecord, own: frozenset[str], bias: Bias | N
     single = False
     if bias is not None and graph.leaves.tensor(bias.leaf).numel() == units:
         single = len(torch.unique(bias.group(torch.arange(units)))) == units
-    return Facts(record.name, kinks_of(record), pools(record), bias, single, _matrix(graph, record, own))
+    mixed = bias is not None and bias.run % math.prod(record.input_shape[-2:]) != 0 and _meets_pooling(graph, record)
+    return Facts(record.name, kinks_of(record), pools(record), bias, single, mixed, _matrix(graph, record, own))
+
+
+def _meets_pooling(graph: Graph, record: OpRecord) -> bool:
+    """Does the record pool, or a pooling read its output with nothing but recorded operations in between?"""
+    readers = [graph.record_of.get(node) for node, _, _ in graph.consumers[record.node]]
+    return pools(record) or any(_meets_pooling(graph, reader) for reader in readers if reader is not None)
 
 
 def kinks_of(record: OpRecord) -> tuple[Kink, ...]:
@@ -147,29 +164,34 @@ def _reads(graph: Graph, start: Node, leaf: str) -> bool:
     return False
 
 
-def failing(order: Order, facts: dict[OpRecord, Facts]) -> dict[str, tuple[str, ...]]:
-    """Per theorem the conditions that fail in a graph, each with the operation's name; nothing fails: it applies.
+def failing(order: Order, facts: dict[OpRecord, Facts]) -> dict[str, tuple[Failure, ...]]:
+    """Per theorem the conditions that fail in a graph; where nothing fails it applies.
 
     Theorems 1, 4 and 6 then hold at every step. Theorem 5 still asks for independent inputs at every step that touches.
     """
     kinked = {record: fact for record, fact in facts.items() if fact.kinks}
-    common = [order.problem] if order.problem else []
-    common += [f"{fact.name}: max pooling over windows of several units (Lemma 7)" for fact in facts.values() if fact.pooled]
+    common = [Failure(order.problem)] if order.problem else []
+    common += [
+        Failure("max pooling over windows of several units (Lemma 7)", f.name) for f in facts.values() if f.pooled
+    ]
+    common += [
+        Failure("a proxy outside [D-, D+]", f.name) for f in kinked.values() if any(k.weight is None for k in f.kinks)
+    ]
     biased = common + list(_biases(order, kinked))
-    spread = [f"{fact.name}: {_outside(fact)}" for fact in kinked.values() if _outside(fact)]
-    distinct = [f"{f.name}: its bias is shared" for f in kinked.values() if f.bias and f.bias.kind != "distinct"]
+    distinct = [Failure("its bias is shared", f.name) for f in kinked.values() if f.bias and f.bias.kind != "distinct"]
+    weights = list(_weights(kinked.values()))
     return {
-        "Theorem 1": tuple(biased + spread + list(_samples(kinked.values()))),
-        "Theorem 4": tuple(biased + spread + distinct + list(_weights(kinked.values()))),
-        "Theorem 6": tuple(biased + spread + list(_weights(kinked.values()))),
-        "Theorem 5": tuple(common + spread + list(_matrices(order, kinked))),
+        "Theorem 1": (*biased, *_samples(kinked.values())),
+        "Theorem 4": (*biased, *distinct, *weights),
+        "Theorem 6": (*biased, *weights),
+        "Theorem 5": (*common, *_matrices(order, kinked)),
     }
 
 
 def cover(order: Order, facts: dict[OpRecord, Facts]) -> Cover | None:
     """The first of Theorems 1, 4 and 6 that covers every recorded operation; None if none does."""
     conditions = failing(order, facts)
-    theorem = next((theorem for theorem in ALWAYS if not conditions[theorem]), None)
+    theorem = next((theorem for theorem in STATIC if not conditions[theorem]), None)
     return None if theorem is None else Cover(theorem, claim_of(facts.values()))
 
 
@@ -185,52 +207,60 @@ def claim_of(facts: Collection[Facts]) -> str:
     return "bouligand" if all(kink.side for fact in facts for kink in fact.kinks) else "clarke"
 
 
-def _biases(order: Order, kinked: dict[OpRecord, Facts]) -> Iterator[str]:
+def shifted(order: Order, facts: dict[OpRecord, Facts]) -> frozenset[OpRecord]:
+    """Records all of whose touches are settled, whatever the values are, by moving their own bias.
+
+    Ties elsewhere are no obstacle: they get no say in a bias that all units of a window add.
+    """
+    if order.problem:
+        return frozenset()
+    kinked = {record: fact for record, fact in facts.items() if fact.kinks}
+    biases = [fact.bias.leaf for fact in kinked.values() if fact.bias is not None]
+    spoilt = {leaf for leaf in biases if any(_misread(order, kinked, leaf)) or not _agree(kinked.values(), leaf)}
+    spoilt |= {fact.bias.leaf for fact in kinked.values() if fact.bias is not None and fact.mixed}
+    return frozenset(r for r, fact in kinked.items() if fact.bias is not None and fact.bias.leaf not in spoilt)
+
+
+def _biases(order: Order, kinked: dict[OpRecord, Facts]) -> Iterator[Failure]:
     """Every kinked record needs a bias of its own layer, which no other record reads in another way."""
     for fact in kinked.values():
         if fact.bias is None:
-            yield f"{fact.name}: no trainable bias of its own is added to its input (Lemma 2)"
-    leaves = {fact.bias.leaf for fact in kinked.values() if fact.bias is not None}
+            yield Failure("no trainable bias of its own is added to its input (Lemma 2)", fact.name)
+    for leaf in sorted({fact.bias.leaf for fact in kinked.values() if fact.bias is not None}):
+        for name in _misread(order, kinked, leaf):
+            yield Failure(f"it reads {leaf}, the bias of another operation, in another way", name)
+
+
+def _misread(order: Order, kinked: dict[OpRecord, Facts], leaf: str) -> Iterator[str]:
     for record, own in order.own.items():
-        mine = kinked[record].bias if record in kinked else None
-        for leaf in sorted(own & leaves):
-            if mine is None or mine.leaf != leaf:
-                yield f"{record.name}: reads {leaf}, the bias of another operation, in another way"
+        bias = kinked[record].bias if record in kinked else None
+        if leaf in own and (bias is None or bias.leaf != leaf):
+            yield record.name
 
 
-def _outside(fact: Facts) -> str:
-    for kink in fact.kinks:
-        if kink.weight is None:
-            return f"the proxy {kink.proxy:g} at {kink.at:g} lies outside [{kink.below:g}, {kink.above:g}]"
-    return ""
+def _agree(facts: Collection[Facts], leaf: str) -> bool:
+    """One lambda at all kinks of the records that add this bias."""
+    weights = [kink.weight for fact in facts if fact.bias and fact.bias.leaf == leaf for kink in fact.kinks]
+    return None not in weights and len(set(weights)) <= 1
 
 
-def _weights(facts: Collection[Facts]) -> Iterator[str]:
-    """One lambda for all units that add the same bias."""
-    users: dict[str, list[Facts]] = defaultdict(list)
+def _weights(facts: Collection[Facts]) -> Iterator[Failure]:
     for fact in facts:
-        if fact.bias is not None:
-            users[fact.bias.leaf].append(fact)
-    for same in users.values():
-        weights = {kink.weight for fact in same for kink in fact.kinks} - {None}
-        if len(weights) > 1:
-            names = " and ".join(fact.name for fact in same)
-            yield f"{names}: proxies from different sides (Lemma 3)"
+        if fact.bias is not None and not _agree(facts, fact.bias.leaf):
+            yield Failure("proxies from different sides (Lemma 3)", fact.name)
 
 
-def _samples(facts: Collection[Facts]) -> Iterator[str]:
+def _samples(facts: Collection[Facts]) -> Iterator[Failure]:
     users = Counter(fact.bias.leaf for fact in facts if fact.bias is not None)
     for fact in facts:
-        if fact.bias is not None and users[fact.bias.leaf] > 1:
-            yield f"{fact.name}: another operation adds the same bias {fact.bias.leaf}"
-        elif fact.bias is not None and not fact.single:
-            yield f"{fact.name}: several units or samples share an entry of its bias {fact.bias.leaf}"
+        if fact.bias is not None and (users[fact.bias.leaf] > 1 or not fact.single):
+            yield Failure("several units or samples share an entry of its bias", fact.name)
 
 
-def _matrices(order: Order, kinked: dict[OpRecord, Facts]) -> Iterator[str]:
+def _matrices(order: Order, kinked: dict[OpRecord, Facts]) -> Iterator[Failure]:
     users = Counter(leaf for own in order.own.values() for leaf in own)
     for fact in kinked.values():
         if fact.matrix is None:
-            yield f"{fact.name}: its input is not z A^T (+ b) with a trainable matrix A of its own"
+            yield Failure("its input is not z A^T (+ b) with a trainable matrix A of its own", fact.name)
         elif users[fact.matrix[0]] > 1:
-            yield f"{fact.name}: {fact.matrix[0]} is used by several operations"
+            yield Failure("its matrix is used by several operations", fact.name)

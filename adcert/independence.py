@@ -1,9 +1,9 @@
 """Theorem 5's rank test: are rows of floats linearly independent over the rationals? A yes is a proof.
 
 If the rows of touches are, every choice of sides has a direction: ``A p = s`` is solvable for every s. So the rank
-condition is nothing beside the strict system: where it holds the system is nonempty, and the system may be nonempty where
-it fails. What it adds is independence of the sides: AD's gradient is affine in the proxy of each touch, every vertex is
-in dB, so proxies anywhere between the one-sided derivatives leave it in dC.
+condition is nothing beside the strict system: where it holds the system is nonempty, and the system may be nonempty
+where it fails. What it adds is that the sides do not matter: AD's gradient is affine in the proxy of each touch, every
+vertex is in dB, so proxies anywhere between the one-sided derivatives leave it in dC.
 """
 
 from __future__ import annotations
@@ -35,8 +35,10 @@ def independent(rows: Any, minus: Any = None, radius: Any = None) -> bool:
     """
     system = System.read(rows, minus, radius)
     count, width = system.shape
+    if count == 0:
+        return True
     if system.radius is not None or count > width or count * width > ENTRIES:
-        return count == 0
+        return False
     if count == 1:
         return bool(system.difference.any())
     used = np.flatnonzero(system.difference.any(axis=0))

@@ -156,7 +156,7 @@ def summarize(number: int, certificate: Certificate) -> dict[str, Any]:
 class Report:
     """Totals of a run; also the last line of its log.
 
-    ``reasons``: reason -> number of steps that gave it; ``theorems``: theorem -> number of certified steps that rest on it.
+    ``reasons``: reason -> number of steps that gave it; ``theorems``: theorem -> certified steps that rest on it.
     """
 
     steps: int = 0

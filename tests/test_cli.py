@@ -48,7 +48,7 @@ def test_choices_match_the_library() -> None:
     assert set(get_args(DataName)) == set(DATA)
 
 
-@pytest.mark.parametrize("command", ["train", "gallery", "verify", "info"])
+@pytest.mark.parametrize("command", ["train", "gallery", "verify", "info", "analyze"])
 def test_help(command: str) -> None:
     result = invoke(command, "--help")
     assert result.exit_code == 0
@@ -322,3 +322,52 @@ def test_digest_sees_one_bit() -> None:
     with torch.no_grad():
         model.bias.copy_(torch.nextafter(model.bias, model.bias + 1))
     assert digest(model) != before
+
+
+def analyzed(*arguments: str) -> dict[str, Any]:
+    result = invoke("analyze", *arguments, "--json")
+    assert result.exit_code == 0, result.output
+    return json.loads(result.stdout)
+
+
+def test_analyze_names_the_theorem() -> None:
+    small = ("--size", "8", "--channels", "1")
+    found = analyzed("fnn-relu", *small)
+    assert (found["theorem"], found["claim"], found["problems"]) == ("Theorem 4", "bouligand", [])
+    assert analyzed("fnn-relu", *small, "--batch-size", "1")["theorem"] == "Theorem 1"
+    shown = invoke("analyze", "vgg11", "--batch-size", "1")
+    assert shown.exit_code == 0
+    assert "each has to be checked" in shown.stdout and "(Lemma 7)" in shown.stdout
+    assert invoke("analyze", "vgg11", "--batch-size", "1", "--check").exit_code == 1
+    assert invoke("analyze", "fnn-relu", *small, "--check").exit_code == 0
+
+
+OWN = """
+import torch
+def network():
+    return torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.ReLU())
+def with_example():
+    return network(), torch.zeros(1, 4)
+def unrecorded():
+    class Step(torch.nn.Module):
+        def forward(self, x):
+            return x * (x > 0)
+    return torch.nn.Sequential(torch.nn.Linear(4, 3), Step())
+def nothing():
+    return 3
+"""
+
+
+def test_analyze_a_network_of_the_user(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own_networks.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    assert analyzed("own_networks:network", "--shape", "4")["theorem"] == "Theorem 4"
+    assert analyzed("own_networks:with_example")["theorem"] == "Theorem 1"
+    refused = invoke("analyze", "own_networks:unrecorded", "--shape", "4")
+    assert refused.exit_code == 1 and "no step can be certified" in refused.stdout
+    for arguments in (("own_networks:missing",), ("own_networks:nothing",), ("no_such_module:network",)):
+        assert invoke("analyze", *arguments).exit_code == 2
+    for shape in ("4,x", "0", "-1,2", "5"):
+        assert invoke("analyze", "own_networks:network", "--shape", shape).exit_code == 2
+    assert invoke("analyze", "no-such-network").exit_code == 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import typer
 
+from ._analyze import analyze_command
 from ._console import Group
 from ._gallery import gallery
 from ._info import info
@@ -24,6 +25,7 @@ app = typer.Typer(
 )
 for command in (train, gallery, verify, info):
     app.command()(command)
+app.command("analyze")(analyze_command)
 
 
 def main() -> None:
