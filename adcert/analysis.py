@@ -17,7 +17,7 @@ from torch import Tensor
 from .audit import audit_graph
 from .certificate import Block
 from .conclusion import LARGE, LayerFindings, Observed, Prints
-from .coverage import Cover, Facts, cover, facts_of, matrices, pools
+from .coverage import Cover, Facts, cover, facts_of, pools
 from .decisions import decide_record
 from .differences import RowSet
 from .findings import Findings, Scope
@@ -278,9 +278,7 @@ class StepAnalysis:
 
     def _covered(self, order: Order) -> tuple[Cover | None, frozenset[str]]:
         """The theorem that covers the whole step, and the matrices of Theorem 5: every record's facts are needed."""
-        if self.facts.keys() != self.taus.keys():
-            return None, frozenset()
-        return cover(order, self.facts), matrices(order, self.facts)
+        return cover(order, self.facts) if self.facts.keys() == self.taus.keys() else (None, frozenset())
 
     def _final_ranks(self, order: Order) -> dict[str, int]:
         """Ranks 1, 2, ... in the final order of all graphs; leaves without a layer rank with the first."""

@@ -188,18 +188,12 @@ def failing(order: Order, facts: dict[OpRecord, Facts]) -> dict[str, tuple[Failu
     }
 
 
-def cover(order: Order, facts: dict[OpRecord, Facts]) -> Cover | None:
-    """The first of Theorems 1, 4 and 6 that covers every recorded operation; None if none does."""
+def cover(order: Order, facts: dict[OpRecord, Facts]) -> tuple[Cover | None, frozenset[str]]:
+    """The first of Theorems 1, 4 and 6 that covers every recorded operation; the matrices A_l of Theorem 5's form."""
     conditions = failing(order, facts)
     theorem = next((theorem for theorem in STATIC if not conditions[theorem]), None)
-    return None if theorem is None else Cover(theorem, claim_of(facts.values()))
-
-
-def matrices(order: Order, facts: dict[OpRecord, Facts]) -> frozenset[str]:
-    """The matrices A_l, if the graph has the form of Theorem 5; none else."""
-    if failing(order, facts)["Theorem 5"]:
-        return frozenset()
-    return frozenset(fact.matrix[0] for fact in facts.values() if fact.matrix is not None)
+    matrices = [] if conditions["Theorem 5"] else [fact.matrix[0] for fact in facts.values() if fact.matrix is not None]
+    return None if theorem is None else Cover(theorem, claim_of(facts.values())), frozenset(matrices)
 
 
 def claim_of(facts: Collection[Facts]) -> str:
