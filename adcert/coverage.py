@@ -13,7 +13,6 @@ dB by the above; so it is in their convex hull, hence in dC. That needs one ``la
 
 from __future__ import annotations
 
-import functools
 import math
 from collections import Counter
 from collections.abc import Collection, Iterator
@@ -23,6 +22,7 @@ from fractions import Fraction
 import torch
 
 from .bias import Bias
+from .choices import Ties
 from .layers import Graph, Order, kind_of, shape_of
 from .records import Node, OpRecord
 from .rows import SAME_UNITS
@@ -60,9 +60,9 @@ class Kink:
 class Facts:
     """What the theorems ask about one recorded operation.
 
-    ``kinks``: of rho, none where it is the identity. ``pooled``: phi is a max over windows of two or more units.
+    ``kinks``: of rho, none where it is the identity. ``pooled``: phi chooses among two or more units.
     ``single``: no two units, over all samples, share a bias entry. ``mixed``: units that a window holds may add
-    different ones. ``matrix``: (leaf, rows B of the input, features) where ``y = z A^T (+ b)`` with the leaf A, which
+    different ones. ``even``: AD splits the gradient among tied units. ``matrix``: (leaf, rows B of the input, features) where ``y = z A^T (+ b)`` with the leaf A, which
     nothing else in the layer is computed from.
     """
 
@@ -72,6 +72,7 @@ class Facts:
     bias: Bias | None
     single: bool = False
     mixed: bool = False
+    even: bool = False
     matrix: tuple[str, int, int] | None = None
 
 
@@ -97,34 +98,40 @@ def facts_of(graph: Graph, record: OpRecord, own: frozenset[str], bias: Bias | N
     single = False
     if bias is not None and graph.leaves.tensor(bias.leaf).numel() == units:
         single = len(torch.unique(bias.group(torch.arange(units)))) == units
-    mixed = bias is not None and bias.run % math.prod(record.input_shape[-2:]) != 0 and _meets_pooling(graph, record)
-    return Facts(record.name, kinks_of(record), pools(record), bias, single, mixed, _matrix(graph, record, own))
+    return Facts(
+        record.name,
+        kinks_of(record),
+        pools(record),
+        bias,
+        single=single,
+        mixed=bias is not None and _mixes(graph, record, bias.run % math.prod(record.input_shape[-2:]) == 0),
+        even=record.ties is not None and record.ties.even,
+        matrix=_matrix(graph, record, own),
+    )
 
 
-def _meets_pooling(graph: Graph, record: OpRecord) -> bool:
-    """Does the record pool, or a pooling read its output with nothing but recorded operations in between?"""
+def _mixes(graph: Graph, record: OpRecord, planes: bool) -> bool:
+    """May a window hold units with different biases? ``planes``: a bias is the same all over an image's plane."""
+    if pools(record) and not (planes and isinstance(record.ties, Ties)):
+        return True
     readers = [graph.record_of.get(node) for node, _, _ in graph.consumers[record.node]]
-    return pools(record) or any(_meets_pooling(graph, reader) for reader in readers if reader is not None)
+    return any(_mixes(graph, reader, planes) for reader in readers if reader is not None)
 
 
 def kinks_of(record: OpRecord) -> tuple[Kink, ...]:
     """The kinks of a record's rho, with the proxies of the running torch in the record's dtype and on its device."""
-    if not record.relu:
+    if record.rho is None:
         return ()
-    value = _relu_proxy(record.output.dtype, record.output.device)
-    return (Kink(0.0, 0.0, 1.0, value, -1 if value == 0.0 else 1 if value == 1.0 else 0),)
-
-
-@functools.lru_cache(maxsize=64)
-def _relu_proxy(dtype: torch.dtype, device: torch.device) -> float:
-    with torch.enable_grad(), torch.inference_mode(False), torch._C.DisableTorchFunction():
-        x = torch.zeros((), dtype=dtype, device=device, requires_grad=True)
-        return float(torch.autograd.grad(torch.relu(x), x)[0])
+    rho, proxies = record.rho, record.rho.proxies(record.output)
+    each = zip(rho.kinks, rho.ends, proxies, record.sides, strict=True)
+    return tuple(Kink(at, *ends, proxy, side) for at, ends, proxy, side in each)
 
 
 def pools(record: OpRecord) -> bool:
-    """Is phi a max over windows of two or more units?"""
-    return record.ties is not None and math.prod(record.ties.window.kernel) > 1
+    """Is phi a choice among two or more units?"""
+    if isinstance(record.ties, Ties):
+        return math.prod(record.ties.window.kernel) > 1
+    return record.ties is not None
 
 
 def _matrix(graph: Graph, record: OpRecord, own: frozenset[str]) -> tuple[str, int, int] | None:
@@ -172,7 +179,7 @@ def failing(order: Order, facts: dict[OpRecord, Facts]) -> dict[str, tuple[Failu
     kinked = {record: fact for record, fact in facts.items() if fact.kinks}
     common = [Failure(order.problem)] if order.problem else []
     common += [
-        Failure("max pooling over windows of several units (Lemma 7)", f.name) for f in facts.values() if f.pooled
+        Failure("a choice among several units (Lemma 7)", f.name) for f in facts.values() if f.pooled
     ]
     common += [
         Failure("a proxy outside [D-, D+]", f.name) for f in kinked.values() if any(k.weight is None for k in f.kinks)

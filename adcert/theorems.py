@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from . import records
+from .activations import Activation
 from .audit import audit_graph
 from .bias import bias_of, partly_biased
+from .choices import Ties
 from .convert import convert
 from .coverage import STATIC, Facts, Failure, Kink, claim_of, facts_of, failing, shifted
 from .errors import AdcertError
-from .layers import Graph, Leaves, Order, order_layers
+from .layers import Graph, Leaves, Order, kind_of, order_layers
 from .records import OpRecord, Recorder
 from .watch import Watch
 
@@ -63,10 +65,15 @@ class Operation:
         """Its line in a table under :data:`HEADER`."""
         bias = f"{self.bias} ({self.parameter})" if self.parameter else self.bias
         kinks = ", ".join(
-            f"{kink.at:g}: {kink.proxy:g} ({'outside' if weight is None else f'{weight:g}'})"
+            f"{kink.at:g}: {self._proxy(kink)} ({'outside' if weight is None else f'{weight:g}'})"
             for kink, weight in zip(self.kinks, self.weights, strict=True)
         )
         return self.name, self.kind, bias, kinks or "-", self.theorem or "-", ", ".join(self.left) or "nothing"
+
+
+    def _proxy(self, kink: Kink) -> str:
+        """Each unit has a slope of its own in PReLU and RReLU."""
+        return "its slope" if self.kind.startswith(("prelu", "rrelu")) else f"{kink.proxy:g}"
 
 
 HEADER = ("operation", "kind", "bias", "kink: proxy (lambda)", "theorem", "left to check")
@@ -237,6 +244,7 @@ def _theorems(order: Order, facts: dict[OpRecord, Facts], problems: list[Failure
     conditions = failing(order, facts)
     claim = claim_of(facts.values())
     sides = [Failure("a proxy that is no one-sided derivative", f.name) for f in facts.values() if not _sided(f)]
+    sides += [Failure("autodiff splits the gradient among tied units", f.name) for f in facts.values() if f.even]
     tied = [Failure(order.problem)] if order.problem else []
     rank = "where a layer touches a kink, its input's columns over the batch have to be independent"
     cases = [(name, "", claim, [*problems, *conditions[name]]) for name in STATIC]
@@ -266,8 +274,8 @@ def _columns(facts: dict[OpRecord, Facts]) -> Iterator[Failure]:
 def _operation(
     graph: Graph, order: Order, record: OpRecord, fact: Facts, theorems: tuple[Theorem, ...], settled: bool
 ) -> Operation:
-    names = [activation_of(record)] if fact.kinks else []
-    names += ["max pooling"] if record.ties is not None else []
+    names = [] if record.rho is None else [_activation(record.rho)]
+    names += [] if record.ties is None else [_choice(record)]
     if fact.bias is not None:
         bias, leaf = fact.bias.kind, fact.bias.leaf
     else:
@@ -284,9 +292,13 @@ def _operation(
     return Operation(record.name, " + ".join(names), shape, bias, leaf, fact.kinks, weights, theorem, tuple(left))
 
 
-def activation_of(record: OpRecord) -> str:
-    """The activation's name."""
-    return "relu"
+def _activation(rho: Activation) -> str:
+    return rho.name + (f"({', '.join(f'{value:g}' for value in rho.arguments)})" if rho.arguments else "")
+
+
+def _choice(record: OpRecord) -> str:
+    """ "max pooling", or the name of the node that chose: "max", "sort", ..."""
+    return "max pooling" if isinstance(record.ties, Ties) else kind_of(record.node).removesuffix("Backward").lower()
 
 
 def _table(lines: Sequence[tuple[str, ...]]) -> list[str]:

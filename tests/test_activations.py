@@ -18,7 +18,8 @@ from adcert.activations import Activation
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 TABLE = [
     activations.relu(), activations.hardtanh(0.0, 6.0), activations.hardtanh(-1.0, 1.0),
-XX activations.clamp(None, 0.1), activations.clamp(-0.1, 0.2), activations.magnitude(),
+    activations.hardtanh(-0.1, 0.1), activations.clamp(0.0, None), activations.clamp(None, 0.1),
+    activations.clamp(-0.1, 0.2), activations.magnitude(),
     activations.leaky_relu(0.01), activations.leaky_relu(-0.5), activations.prelu(), activations.hardsigmoid(),
     activations.hardswish(), activations.softshrink(0.5), activations.softshrink(0.1), activations.threshold(0.1),
     activations.elu(2.0), activations.elu(0.5), activations.elu(*activations.SELU),

@@ -159,7 +159,7 @@ def test_a_trivial_pooling_is_none() -> None:
 # ---- hypotheses that fail ------------------------------------------------------------------------
 
 NO_BIAS = "no trainable bias of its own is added to its input (Lemma 2)"
-POOLED = "max pooling over windows of several units (Lemma 7)"
+POOLED = "a choice among several units (Lemma 7)"
 
 
 def frozen(module: nn.Module) -> nn.Module:
