@@ -10,6 +10,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,6 +23,7 @@ from .decisions import decide_record
 from .differences import RowSet
 from .findings import Findings, Scope
 from .gradients import Gradients
+from .joint import Joint
 from .layers import Graph, Leaves, Order, Tau, order_layers
 from .lists import Coming
 from .partial import finish, give_up
@@ -54,6 +56,7 @@ class StepAnalysis:
         self.prints: dict[str, Prints] = {}
         self.empty: list[tuple[str, Block]] = []  # the leaf of a block that is proved empty already
         self.order: Order | None = None  # of the only graph so far
+        self.joint = Joint()
         self.pairs = 0
         self.seconds: dict[str, float] = defaultdict(float)
         self.roots: set[tuple[Node, int]] = set()  # with the number of the node's output
@@ -161,7 +164,8 @@ class StepAnalysis:
         self.order = order if first else None
         ranks = rank_leaves(graph, order, self.strict)
         self.ranks.update(ranks.of)
-        scope = Scope(graph, ranks, self.strict)
+        layered = self.strict or not order.problem
+        scope = Scope(graph, ranks if layered else replace(ranks, bias={}), self.strict, layered)
         fresh: dict[OpRecord, Findings] = {}
         pooled = any(pools(record) for record in self.taus)
         for record in records:
@@ -170,14 +174,22 @@ class StepAnalysis:
                 self.facts[record] = facts_of(graph, record, order.own[record], ranks.bias.get(record))
             with self._guarded(record):
                 fresh[record] = decide_record(scope, record)
-        self._settle_rows(scope, fresh)
-        self._settle_pending(scope, fresh)
+        if layered:
+            self._settle_rows(scope, fresh)
+            self._settle_pending(scope, fresh)
+        start = time.perf_counter()
+        if not layered:
+            self.joint.alone(scope, fresh)
+        elif not self.strict:
+            self.joint.second(scope, fresh, self.findings.values(), [leaf for leaf, _ in self.empty])
+        self.seconds["joint"] += time.perf_counter() - start
         for record, found in fresh.items():
             self.failures.update(dict.fromkeys(found.outside))
             earlier = self.findings.get(record)
             if earlier is not None:  # a second backward through the same graph: both losses' rows count
                 found.rowsets += earlier.rowsets
                 found.doubts += earlier.doubts
+                found.unsettled += earlier.unsettled
                 found.unlisted += earlier.unlisted
             self.findings[record] = found
             self.seconds["partial"] += found.seconds
@@ -251,16 +263,16 @@ class StepAnalysis:
             )
         order = self.order if self.order is not None else order_layers(self.taus)
         rowsets = [rowset for found in self.findings.values() for rowset in found.rowsets]
-        if rowsets and order.problem:
-            failures.append(order.problem)
         ranks = self._final_ranks(order)
-        if not failures:
-            failures += self._misplaced(rowsets, ranks)
+        problem = order.problem or ("" if failures else self._misplaced(rowsets, ranks))
+        if problem and self.strict and rowsets:
+            failures.append(problem)
         shapes = {name: tuple(tensor.shape) for name, tensor in self.leaves.trainable().items()}
         covered, independent = self._covered(order)
         return Observed(
             failures=failures,
             doubts=[doubt for found in self.findings.values() for doubt in found.doubts],
+            unsettled=[doubt for found in self.findings.values() for doubt in found.unsettled],
             layers=tuple(self._layer(layer.name, layer.leaves, layer.records, ranks) for layer in order.layers),
             rowsets=rowsets,
             ranks=ranks,
@@ -274,6 +286,8 @@ class StepAnalysis:
             prints=dict(self.prints),
             gradients=gradients,
             seconds=dict(self.seconds),
+            problem="" if self.strict else problem,
+            joint=self.joint,
         )
 
     def _covered(self, order: Order) -> tuple[Cover | None, frozenset[str]]:
@@ -289,13 +303,13 @@ class StepAnalysis:
         dense = {rank: number for number, rank in enumerate(sorted(set(used.values())), start=1)}
         return {leaf: dense[rank] for leaf, rank in used.items()}
 
-    def _misplaced(self, rowsets: list[RowSet], ranks: dict[str, int]) -> list[str]:
+    def _misplaced(self, rowsets: list[RowSet], ranks: dict[str, int]) -> str:
         """Recheck, in the final order, that every row sits in its deepest nonzero block."""
         for rowset in rowsets:
             own = {ranks[part.leaf] for part in rowset.parts}  # one rank
             if len(own) > 1 or any(ranks[leaf] >= rank for leaf in rowset.below for rank in own):
-                return [f"{rowset.op}: the layers of several backward passes do not fit into one order"]
-        return []
+                return f"{rowset.op}: the layers of several backward passes do not fit into one order"
+        return ""
 
     def _layer(
         self, name: str, leaves: tuple[str, ...], records: Iterable[OpRecord], ranks: dict[str, int]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter, defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,9 +18,11 @@ from .differences import RowSet
 from .findings import Findings
 from .gradients import Gradients
 from .independence import independent
+from .joint import ENTRIES, Joint
 from .records import OpRecord
 from .systems import Memory, Solved, System, count_blocks, solve
 
+_EMPTY = Verdict.UNCERTIFIED
 LARGE = 256  # rows of a step from which on nothing more is decided once one block is proved empty
 
 
@@ -71,11 +74,12 @@ class LayerFindings:
 class Observed:
     """A step as the training thread hands it over; no tensor of it requires grad or shares memory with the graph.
 
-    ``failures``: of the audit, nothing can be concluded; ``doubts``: single decisions that are open. ``ranks``: of the
-    leaves that belong to a layer. ``empty``: blocks that are proved empty already, with a leaf of each; ``unlisted``:
-    rows that were left out of ``rowsets`` because of that. Of ``rowsets`` and ``gradients`` some values may still be on
-    their way from a device. ``cover``: the theorem that covers the step whatever its values are. ``matrices``: A_l of
-    every layer with kinks, if the step has the form of Theorem 5.
+    ``failures``: of the audit, nothing can be concluded; ``doubts``: single decisions that are open; ``unsettled``:
+    those of which only a layered row is. ``ranks``: of the leaves that belong to a layer. ``problem``: why there is no
+    layered system, or "". ``joint``: the rows of Theorem E4. ``empty``: blocks that are proved empty already, with a
+    leaf of each; ``unlisted``: rows that were left out of ``rowsets`` because of that. Of ``rowsets`` and
+    ``gradients`` some values may still be on their way from a device. ``cover``: the theorem that covers the step
+    whatever its values are. ``matrices``: A_l of every layer with kinks, if the step has the form of Theorem 5.
     """
 
     failures: list[str]
@@ -93,6 +97,9 @@ class Observed:
     cover: Cover | None = None
     matrices: frozenset[str] = frozenset()
     seconds: dict[str, float] = field(default_factory=dict)
+    unsettled: list[str] = field(default_factory=list)
+    problem: str = ""
+    joint: Joint = field(default_factory=lambda: Joint(missing="its rows were not taken"))
 
     @classmethod
     def nothing(cls, reason: str, strict: bool) -> Observed:
@@ -107,7 +114,18 @@ class Observed:
         for rowset in self.rowsets:
             for part in rowset.parts:
                 tensors += [t for t in (part.owner, part.group, part.plus, part.minus, part.radius) if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return sum(t.numel() * t.element_size() for t in tensors) + self.joint.nbytes
+
+
+@dataclass(frozen=True, eq=False)
+class _Answer:
+    """What one system says of the step."""
+
+    system: str
+    verdict: Verdict
+    reasons: list[str]
+    layers: tuple[LayerReport, ...]
+    blocks: tuple[Block, ...] = ()
 
 
 def conclude(step: Observed, memory: Memory | None = None) -> Certificate:
@@ -116,29 +134,22 @@ def conclude(step: Observed, memory: Memory | None = None) -> Certificate:
     ``memory``: directions of earlier steps, tried first where a block is large.
     """
     start = time.perf_counter()
-    failures, solved = list(step.failures), {}
     try:
-        failures += step.gradients.late() if step.gradients else []
-        solved = {} if failures else _solved(step, memory)
+        failures = [*step.failures, *(step.gradients.late() if step.gradients else [])]
+        answer = _nothing(step, failures) if failures else _answer(step, memory)
     except Exception as error:
-        failures.append(f"the systems could not be decided: {type(error).__name__}: {error}")
-    blocks = [block for system in solved.values() for block in system.blocks]
-    left = step.unlisted + sum(system.count - len(system.blocks) for system in solved.values())
-    if left and not failures and not any(block.proof is not None for block in blocks):
-        failures.append(f"{left} rows or blocks were left out though no other one is proved empty")  # a defect of ours
-    verdict, reasons = _verdict(failures, step.doubts, blocks)
-    scales = {name: step.ranks.get(name, 1) for name in step.shapes}
-    layers = tuple(_report(layer, solved) for layer in step.layers)
+        answer = _nothing(step, [f"the systems could not be decided: {type(error).__name__}: {error}"])
+    joint = answer.system == "joint"
     certificate = Certificate(
-        verdict=verdict,
-        reasons=reasons,
-        layers=layers,
-        blocks=tuple(blocks),
-        system="paper" if step.strict else "lexicographic",
-        claim="bouligand" if verdict is Verdict.CERTIFIED else "",
-        theorem=_theorem(step, layers, blocks) if verdict is Verdict.CERTIFIED else "",
+        verdict=answer.verdict,
+        reasons=answer.reasons,
+        layers=answer.layers,
+        blocks=answer.blocks,
+        system=answer.system,
+        claim="bouligand" if answer.verdict is Verdict.CERTIFIED else "",
+        theorem=_theorem(step, answer) if answer.verdict is Verdict.CERTIFIED else "",
         shapes=step.shapes,
-        scales=scales,
+        scales={name: 1 if joint else step.ranks.get(name, 1) for name in step.shapes},
         assumptions=step.assumptions,
         fingerprints={name: prints.digest() for name, prints in step.prints.items()},
         seconds=dict(step.seconds),
@@ -147,16 +158,18 @@ def conclude(step: Observed, memory: Memory | None = None) -> Certificate:
     return certificate
 
 
-def _theorem(step: Observed, layers: tuple[LayerReport, ...], blocks: list[Block]) -> str:
+def _theorem(step: Observed, answer: _Answer) -> str:
     """The theorem a certified step rests on: one that needs no values, else 5 where it holds, else the system's own."""
+    if answer.system == "joint":
+        return "Theorem E4"
     if step.cover is not None:
         return step.cover.theorem
-    if step.matrices and _independent(step.matrices, layers, blocks):
+    if step.matrices and _independent(step.matrices, answer.layers, answer.blocks):
         return "Theorem 5"
     return "Theorem 8" if step.strict else "Theorem E4"
 
 
-def _independent(matrices: frozenset[str], layers: tuple[LayerReport, ...], blocks: list[Block]) -> bool:
+def _independent(matrices: frozenset[str], layers: tuple[LayerReport, ...], blocks: tuple[Block, ...]) -> bool:
     """Theorem 5, sharpened: the inputs z of the samples in which a unit touches are independent, for every unit.
 
     Only those of each unit have to be: they are the rows of its block. If all columns of z are independent, they are.
@@ -166,9 +179,66 @@ def _independent(matrices: frozenset[str], layers: tuple[LayerReport, ...], bloc
     return touches == rows and own and all(independent(b.rows, b.minus, b.radius) for b in blocks)
 
 
+def _answer(step: Observed, memory: Memory | None) -> _Answer:
+    """The layered system's answer; the joint one's where there is no other, or where only that one certifies.
+
+    Where the layered system has a direction the joint one has too; where both are empty the layered proof, which names
+    a layer, is kept.
+    """
+    if step.problem:
+        tried = not step.joint.missing and not step.unlisted
+        return _jointly(step, memory) if tried else _nothing(step, [step.problem, _untried(step)])
+    first = _layered(step, memory)
+    if step.strict or first.verdict is Verdict.CERTIFIED:
+        return first
+    if step.joint.missing or step.unlisted:
+        return replace(first, reasons=[*first.reasons, _untried(step)])
+    second = _jointly(step, memory)
+    if second.verdict is Verdict.CERTIFIED or (second.verdict, first.verdict) == (_EMPTY, Verdict.UNDECIDED):
+        return second
+    return replace(first, reasons=[*first.reasons, *second.reasons])
+
+
+def _untried(step: Observed) -> str:
+    return f"the joint system was not tried: {step.joint.missing or 'rows were left out'}"
+
+
+def _nothing(step: Observed, reasons: list[str]) -> _Answer:
+    name = "paper" if step.strict else "joint" if step.problem else "lexicographic"
+    return _Answer(name, Verdict.UNDECIDED, reasons, tuple(_report(layer, {}) for layer in step.layers))
+
+
+def _layered(step: Observed, memory: Memory | None) -> _Answer:
+    """The systems of all layers and ranks: the paper's, or the lexicographic form of E4."""
+    solved = _solved(step, memory)
+    blocks = tuple(block for system in solved.values() for block in system.blocks)
+    left = step.unlisted + sum(system.count - len(system.blocks) for system in solved.values())
+    failures = []
+    if left and not any(block.proof is not None for block in blocks):
+        failures.append(f"{left} rows or blocks were left out though no other one is proved empty")  # a defect of ours
+    verdict, reasons = _verdict(failures, [*step.doubts, *step.unsettled], blocks)
+    layers = tuple(_report(layer, solved) for layer in step.layers)
+    return _Answer("paper" if step.strict else "lexicographic", verdict, reasons, layers, blocks)
+
+
+def _jointly(step: Observed, memory: Memory | None) -> _Answer:
+    """Theorem E4's one system over all parameters. Its rows are reported as those of a layer of its own."""
+    name = "all parameters"
+    while any(layer.name == name for layer in step.layers):
+        name += "_"
+    solved = solve(System(name, 1, step.joint.rowsets, step.shapes, ENTRIES), True, memory)
+    verdict, reasons = _verdict([], [*step.doubts, *step.joint.doubts], solved.blocks, joint=True)
+    layers = tuple(replace(_report(layer, {}), rank=1, rows=0) for layer in step.layers)
+    if solved.count:
+        leaves = dict.fromkeys(column.parameter for block in solved.blocks for column in block.columns)
+        whole = LayerReport(name, tuple(leaves), "none", 1, rows=solved.rows, blocks=solved.count)
+        layers = (*layers, whole)
+    return _Answer("joint", verdict, reasons, layers, tuple(solved.blocks))
+
+
 def failed(step: Observed, reason: str) -> Certificate:
     """The certificate of a step whose conclusion was lost: UNDECIDED, for this reason."""
-    return conclude(replace(step, failures=[*step.failures, reason], rowsets=[], prints={}, empty=[], gradients=None))
+    return conclude(replace(step, failures=[*step.failures, reason], prints={}, gradients=None))
 
 
 def _solved(step: Observed, memory: Memory | None) -> dict[tuple[str, int], Solved]:
@@ -201,19 +271,25 @@ def _size(rowsets: list[RowSet]) -> int:
     return sum(rowset.count for rowset in rowsets)
 
 
-def _verdict(failures: list[str], doubts: list[str], blocks: list[Block]) -> tuple[Verdict, list[str]]:
+def _verdict(
+    failures: list[str], doubts: list[str], blocks: Sequence[Block], joint: bool = False
+) -> tuple[Verdict, list[str]]:
     """Precedence: a failed audit, then a provably empty system, then any doubt."""
     if failures:
         return Verdict.UNDECIDED, failures
-    empty = [
-        f"the system of {block.layer} (rank {block.rank}) is empty: {block.reason}" for block in blocks if block.proof
-    ]
+    empty = [f"{_name(block, joint)} is empty: {block.reason}" for block in blocks if block.proof]
     if empty:
         return Verdict.UNCERTIFIED, list(dict.fromkeys(empty))
-    doubts = doubts + [f"{block.layer}: {block.reason}" for block in blocks if block.direction is None]
+    doubts = doubts + [f"{_name(block, joint)}: {block.reason}" for block in blocks if block.direction is None]
     if doubts:
         return Verdict.UNDECIDED, list(dict.fromkeys(doubts))
     return Verdict.CERTIFIED, []
+
+
+def _name(block: Block, joint: bool) -> str:
+    if joint:
+        return "the joint system of Theorem E4"
+    return f"the system of {block.layer} (rank {block.rank})"
 
 
 def _report(layer: LayerFindings, solved: dict[tuple[str, int], Solved]) -> LayerReport:

@@ -137,19 +137,24 @@ def _settle(
         plus = torch.where(current.plus >= 0, bias.group(current.plus.clamp(min=0)), -1)
         minus = torch.where(current.minus >= 0, bias.group(current.minus.clamp(min=0)), -1)
         moved = plus != minus
+        if bool(moved.any()) and _below_bias(scope, base, bias):
+            found.deep.append(_asked(base, current.select(moved), rule))
         _bias_rows(scope, base, bias, Differences(plus[moved], minus[moved]), rule, found)
         if windows is not None:
             found.open.append(windows[rows[moved]])
         rows = rows[~moved]
     if len(rows):
-        asked = Pending(
-            base,
-            differences.select(rows),
-            rule,
-            uses=torch.arange(len(rows)),
-            windows=None if windows is None else windows[rows],
-        )
+        asked = _asked(base, differences.select(rows), rule, None if windows is None else windows[rows])
         _own_rows(scope, asked.merged(), found)
+
+
+def _asked(base: OpRecord, differences: Differences, rule: str, windows: Tensor | None = None) -> Pending:
+    return Pending(base, differences, rule, torch.arange(len(differences)), windows)
+
+
+def _below_bias(scope: Scope, record: OpRecord, bias: Bias) -> frozenset[str]:
+    order = scope.ranks.order
+    return (order.upstream[record] | order.own[record]) - {bias.leaf}
 
 
 def _bias_rows(scope: Scope, record: OpRecord, bias: Bias, groups: Differences, rule: str, found: Findings) -> None:
@@ -160,8 +165,7 @@ def _bias_rows(scope: Scope, record: OpRecord, bias: Bias, groups: Differences, 
     shape = tuple(scope.graph.leaves.tensor(bias.leaf).shape)
     owner = torch.arange(len(pairs))
     parts = unit_parts(bias.leaf, shape, Differences(pairs[:, 0], pairs[:, 1]), owner)
-    order = scope.ranks.order
-    below = (order.upstream[record] | order.own[record]) - {bias.leaf}
+    below = _below_bias(scope, record, bias)
     found.rowsets.append(RowSet(record.name, rule, len(pairs), tuple(parts), below))
 
 
@@ -176,9 +180,14 @@ def _own_rows(scope: Scope, asked: Pending, found: Findings) -> None:
     expansion.parts = [part for part in expansion.parts if part.leaf in scope.ranks.order.own[record]]
     hard = expansion.hard | _entangled(scope.graph, expansion)
     own = expansion.own_nonzero() & ~hard
+    below = scope.ranks.order.upstream[record]
+    if below and not scope.layered:
+        own[:] = False
     if bool(own.any()):
         parts = _renumbered(expansion.parts, own)
-        found.rowsets.append(RowSet(record.name, rule, int(own.sum()), parts, scope.ranks.order.upstream[record]))
+        found.rowsets.append(RowSet(record.name, rule, int(own.sum()), parts, below))
+        if below:
+            found.deep.append(asked.select(own))
     left = ~own & ~zero
     if scope.strict and rule == "touch" and bool((left & ~hard).any()):
         found.rowsets.append(RowSet(record.name, rule, int((left & ~hard).sum()), ()))

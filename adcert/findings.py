@@ -27,16 +27,20 @@ class Ranks:
 
 @dataclass(frozen=True, eq=False)
 class Scope:
-    """What resolving a record needs: the graph, the ranks of its leaves, and the mode."""
+    """What resolving a record needs: the graph, the ranks of its leaves, and the mode.
+
+    ``layered``: False where the parameters have no order by depth, so that only rows over all parameters count.
+    """
 
     graph: Graph
     ranks: Ranks
     strict: bool
+    layered: bool = True
 
 
 @dataclass(frozen=True, eq=False)
 class Pending:
-    """Differences of ``record``'s y that only a partial backward pass can settle.
+    """Differences of ``record``'s y that only a partial backward pass can settle, or give whole rows of.
 
     ``uses``: of every decision that rests on one of them, its number; ``windows``: that decision's window, for ties.
     ``stages``: set where :func:`adcert.ties.normalized_rows` can write their rows instead.
@@ -84,7 +88,11 @@ class Bulk:
 
 @dataclass(eq=False)
 class Findings:
-    """What the decisions of one record came to."""
+    """What the decisions of one record came to.
+
+    ``doubts``: about a decision itself. ``unsettled``: about its row in a layered system, which the joint system does
+    without. ``deep``: differences whose layered row is not the whole gradient, or is unsettled.
+    """
 
     windows: int = 0
     ties: int = 0
@@ -93,8 +101,10 @@ class Findings:
     rowsets: list[RowSet] = field(default_factory=list)
     bulk: list[Bulk] = field(default_factory=list)
     pending: list[Pending] = field(default_factory=list)
+    deep: list[Pending] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
     outside: list[str] = field(default_factory=list)  # what no theorem covers: nothing can be concluded
+    unsettled: list[str] = field(default_factory=list)
     open: list[Tensor] = field(default_factory=list)  # windows with a member that is not in T_j, in pieces
     unlisted: int = 0  # rows that were counted only, since others prove a system empty
     partial: int = 0  # differences that went through the partial backward engine, and the seconds they took

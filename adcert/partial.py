@@ -27,9 +27,14 @@ def finish(scope: Scope, found: Findings) -> None:
             pending = pending.merged()
             written = normalized_rows(scope, pending, found)
             found.settle(pending.select(written), torch.zeros(int(written.sum()), dtype=torch.bool))
+            if scope.ranks.order.upstream[pending.record]:
+                found.deep.append(pending.select(written))
             pending = pending.select(~written)
         if len(pending.differences):
-            found.settle(pending, _partial_rows(scope, pending, found))
+            zero, whole = _partial_rows(scope, pending, found)
+            found.settle(pending, zero)
+            if not bool((zero | whole).all()):
+                found.deep.append(pending.select(~(zero | whole)))
     found.pending.clear()
 
 
@@ -37,39 +42,43 @@ def give_up(found: Findings, why: str) -> None:
     """Leave what is pending in doubt, for the reason given."""
     for pending in found.pending:
         count = len(pending.differences)
-        found.doubts.append(f"{pending.record.name}: {count} differences left, {why}")
+        found.unsettled.append(f"{pending.record.name}: {count} differences left, {why}")
         found.settle(pending, torch.zeros(count, dtype=torch.bool))
+        found.deep.append(pending)
     found.pending.clear()
 
 
-def _partial_rows(scope: Scope, pending: Pending, found: Findings) -> Tensor:
-    """Rows by the partial backward engine; returns the mask of differences proved to be exactly zero."""
+def _partial_rows(scope: Scope, pending: Pending, found: Findings) -> tuple[Tensor, Tensor]:
+    """Rows by the partial backward engine.
+
+    Returns the masks of differences that are proved to be exactly zero, and of those whose row is the whole gradient.
+    """
     record, d, rule = pending.record, pending.differences, pending.rule
-    proved = torch.zeros(len(d), dtype=torch.bool)
+    proved, whole = (torch.zeros(len(d), dtype=torch.bool) for _ in range(2))
     if len(d) > LIMIT:
-        found.doubts.append(f"{record.name}: {len(d)} differences need a partial backward pass, limit {LIMIT}")
-        return proved
+        found.unsettled.append(f"{record.name}: {len(d)} differences need a partial backward pass, limit {LIMIT}")
+        return proved, whole
     found.partial += len(d)
     start = time.perf_counter()
     try:
         # First the own layer alone: only rows that vanish there need the pass through the layers below.
         for batch in _timed(backward.gradients(scope.graph, record.edge, d, local=True)):
-            stop = batch.start + batch.count
-            proved[batch.start : stop] = _place(scope, record, batch, rule, found, own=True)
+            rows = torch.arange(batch.start, batch.start + batch.count)
+            proved[rows], whole[rows] = _place(scope, record, batch, rule, found, own=True)
         left = torch.nonzero(proved).flatten()
         for batch in _timed(backward.gradients(scope.graph, record.edge, d.select(left))):
             rows = left[batch.start : batch.start + batch.count]
-            proved[rows] = _place(scope, record, batch, rule, found, own=False)
+            proved[rows], whole[rows] = _place(scope, record, batch, rule, found, own=False)
     except TimeoutError:
-        found.doubts.append(
+        found.unsettled.append(
             f"{record.name}: {len(d)} differences take more than {SECONDS:g} s of partial backward passes"
         )
         proved[:] = False
     except backward.Unsupported as error:
-        found.doubts.append(f"{record.name}: no error bound for {error} in a partial backward pass")
+        found.unsettled.append(f"{record.name}: no error bound for {error} in a partial backward pass")
         proved[:] = False
     found.seconds += time.perf_counter() - start
-    return proved
+    return proved, whole
 
 
 def _timed(batches: Iterator[backward.Gradients]) -> Iterator[backward.Gradients]:
@@ -81,14 +90,18 @@ def _timed(batches: Iterator[backward.Gradients]) -> Iterator[backward.Gradients
             raise TimeoutError
 
 
-def _place(scope: Scope, record: OpRecord, batch: backward.Gradients, rule: str, found: Findings, own: bool) -> Tensor:
+def _place(
+    scope: Scope, record: OpRecord, batch: backward.Gradients, rule: str, found: Findings, own: bool
+) -> tuple[Tensor, Tensor]:
     """Put every row into the deepest rank where it is provably nonzero and everything deeper is provably zero.
 
-    ``own``: the batch covers w_l only. Returns the mask of rows that are exactly zero in all it covers.
+    ``own``: the batch covers w_l only. Returns the masks of rows that are exactly zero in all it covers, and of those
+    that were placed and have nothing below.
     """
     order = scope.ranks.order
     covered = [leaf for leaf in batch.leaves if not own or leaf in order.own[record]]
     state = torch.zeros(batch.count, dtype=torch.int64)  # 0 open, 1 placed, 2 in doubt
+    whole = torch.zeros(batch.count, dtype=torch.bool)
     by_rank: dict[int, list[str]] = {}
     for leaf in covered:
         by_rank.setdefault(scope.ranks.of[leaf], []).append(leaf)
@@ -104,8 +117,9 @@ def _place(scope: Scope, record: OpRecord, batch: backward.Gradients, rule: str,
             if bool(here.any()):
                 found.rowsets.append(RowSet(record.name, rule, int(here.sum()), ()))
         elif bool(here.any()):
-            parts = _ball_parts(scope.graph, {leaf: batch.leaves[leaf] for leaf in leaves}, here)
+            parts = ball_parts(scope.graph, {leaf: batch.leaves[leaf] for leaf in leaves}, here)
             found.rowsets.append(RowSet(record.name, rule, int(here.sum()), parts, frozenset(below)))
+            whole |= here & (not below)
         state[here] = 1
         state[(state == 0) & ~zero] = 2
     if scope.strict and rule == "touch" and bool((state == 0).any()):
@@ -113,11 +127,12 @@ def _place(scope: Scope, record: OpRecord, batch: backward.Gradients, rule: str,
         state[state == 0] = 1
     doubts = int((state == 2).sum())
     if doubts:
-        found.doubts.append(f"{record.name}: {doubts} differences are within rounding error of zero")
-    return state == 0
+        found.unsettled.append(f"{record.name}: {doubts} differences are within rounding error of zero")
+    return state == 0, whole
 
 
-def _ball_parts(graph: Graph, leaves: dict[str, Ball], rows: Tensor) -> tuple[Part, ...]:
+def ball_parts(graph: Graph, leaves: dict[str, Ball], rows: Tensor) -> tuple[Part, ...]:
+    """The rows of this mask, bool [count], of balls [count, numel], without their groups of zeros."""
     parts = []
     for leaf, ball in leaves.items():
         groups, width = groups_of(tuple(graph.leaves.tensor(leaf).shape))

@@ -22,12 +22,16 @@ _BLOCKS = 256  # directions kept
 
 @dataclass(frozen=True, eq=False)
 class System:
-    """Rows of one rank, before they are cut into blocks. Waits until they are all there."""
+    """Rows of one rank, before they are cut into blocks. Waits until they are all there.
+
+    ``limit``: entries of a block that is still worth deciding, rows times columns.
+    """
 
     layer: str
     rank: int
     rowsets: Sequence[RowSet]
     shapes: Mapping[str, tuple[int, ...]]
+    limit: int | None = None
 
     def __post_init__(self) -> None:
         for rowset in self.rowsets:
@@ -195,6 +199,9 @@ def _block(system: System, offsets: dict[str, int], members: np.ndarray, memory:
         place[leaf][groups] = width + size * np.arange(len(groups))
         columns += [Column(leaf, np.arange(group * size, (group + 1) * size)) for group in groups.tolist()]
         width += size * len(groups)
+    if system.limit is not None and done * width > system.limit:
+        reason = f"{done} rows of {width:,} columns, limit {system.limit:,} entries"
+        return Block(system.layer, system.rank, (), np.zeros((0, 0)), reason=reason)
     plus, minus = np.zeros((done, width)), np.zeros((done, width))
     radius = np.zeros((done, width)) if any(part.radius is not None for part, _, _ in pieces) else None
     for part, local, picked in pieces:

@@ -34,12 +34,15 @@ def resolve(scope: Scope, record: OpRecord, ties: Ties, stages: Stages, found: F
     rows, hard = seen.answer == _ROW, seen.answer == _HARD
     if not bool((rows | hard).any()):
         return seen.window, Differences(seen.chosen, seen.other)
-    weight = _own_weight(scope, stages)
-    if weight is None:
+    weight, below = _own_weight(scope, stages), scope.ranks.order.upstream[stages.base]
+    if weight is None or (below and not scope.layered):
         return seen.window, Differences(seen.chosen, seen.other)
     if bool(rows.any()):
         found.open.append(seen.window[rows])
         found.bulk.append(Bulk(stages, weight, seen.chosen[rows], seen.other[rows]))
+        if below:
+            differences = Differences(seen.chosen[rows], seen.other[rows])
+            found.deep.append(Pending(stages.base, differences, "tie", torch.arange(len(differences)), None))
     hard &= (seen.chosen >= 0) & (seen.other >= 0) & (_own_gamma(scope, stages) is not None)
     if bool(hard.any()):
         differences = Differences(seen.chosen[hard], seen.other[hard])

@@ -193,13 +193,18 @@ def test_a_module_called_twice() -> None:
     assert certificate.layers[0].windows == 2 * single
 
 
-def test_weight_tying_along_the_depth_is_undecided() -> None:
+def test_weight_tying_along_the_depth_has_no_layers() -> None:
     linear = nn.Linear(2, 2, bias=False, dtype=torch.float64)
     linear.weight.data.zero_()
     x = torch.ones(1, 2, dtype=torch.float64)
-    certificate = certify(lambda: torch.relu(linear(torch.relu(linear(x)) + 1)).sum(), linear)
+
+    def loss() -> Tensor:
+        return torch.relu(linear(torch.relu(linear(x)) + 1)).sum()
+
+    certificate = certify(loss, linear, strict=True)
     assert certificate.verdict is Verdict.UNDECIDED
     assert "weight tying" in certificate.reasons[0]
+    assert certify(loss, linear).system == "joint"
 
 
 @pytest.mark.parametrize(
