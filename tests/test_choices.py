@@ -1,0 +1,212 @@
+"""Selections of any kind: which pairs decide them, by hand and by brute force, and what a step makes of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import adcert
+from adcert import Verdict, certify, choices
+from adcert.choices import Choice
+
+
+def listed(choice: Choice) -> list[tuple[int, int, int]]:
+    """(output, unit that has to become larger, other unit), sorted."""
+    return sorted(zip(*(t.tolist() for t in choice.pairs()), strict=True))
+
+
+# ---- by hand ------------------------------------------------------------------------------------
+
+
+def test_maximum_along_a_dimension() -> None:
+    """Columns of [[1, 5], [1, 4], [0, 5]]: 1 ties in units 0 and 2, 5 in units 1 and 5; the first wins."""
+    x = torch.tensor([[1.0, 5.0], [1.0, 4.0], [0.0, 5.0]])
+    values, indices = x.max(0, keepdim=True)
+    choice = choices.along(x, values, indices, 0, largest=True)
+    assert choice.chosen.flatten().tolist() == [0, 1]
+    assert choice.windows.tolist() == [0, 1]
+    assert listed(choice) == [(0, 0, 2), (1, 1, 5)]
+
+
+def test_minimum_turns_the_pairs_round() -> None:
+    x = torch.tensor([[2.0, 1.0, 1.0]])
+    values, indices = x.min(1, keepdim=True)
+    assert listed(choices.along(x, values, indices, 1, largest=False)) == [(0, 2, 1)]
+
+
+def test_a_sort_orders_neighbours() -> None:
+    """Ascending 3 1 1 1: the three ones in torch's order, each below the next."""
+    x = torch.tensor([3.0, 1.0, 1.0, 1.0])
+    values, indices = torch.sort(x, stable=True)
+    choice = choices.ordered(x, values, indices, 0, descending=False)
+    assert indices.tolist() == [1, 2, 3, 0]
+    assert listed(choice) == [(1, 2, 1), (2, 3, 2)]
+    assert choice.linked
+
+
+def test_topk_keeps_out_what_was_left_out() -> None:
+    """The two largest of 1 1 1: the selected ones in their order, and the third below both."""
+    x = torch.tensor([1.0, 1.0, 1.0])
+    values, indices = torch.topk(x, 2)
+    first, second = indices.tolist()
+    (third,) = {0, 1, 2} - {first, second}
+    choice = choices.ordered(x, values, indices, 0, descending=True)
+    assert listed(choice) == [(1, first, second), (1, second, third)]
+
+
+def test_a_median_has_members_on_both_sides() -> None:
+    """The median of 0 0 0 1 1 is the third zero in rank: of the two other zeros both go below it."""
+    x = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0])
+    values, indices = x.median(0, keepdim=True)
+    chosen = int(indices)
+    below = [k for k in (0, 2, 4) if k != chosen]
+    assert listed(choices.ranked(x, values, indices, 0, 2)) == [(0, chosen, k) for k in below]
+
+
+def test_places_of_adaptive_windows_overlap() -> None:
+    """5 places in 3 windows: [0, 2), [1, 4), [3, 5)."""
+    w = nn.Parameter(torch.tensor([[[1.0, 2.0, 2.0, 2.0, 0.0]]], dtype=torch.float64))
+    weights = torch.tensor([1.0, 2.0, 4.0])
+    certificate = certify(lambda: (F.adaptive_max_pool1d(w, 3) * weights).sum(), nn.ParameterList([w]))
+    assert certificate.verdict is Verdict.CERTIFIED, certificate.reasons
+    assert (certificate.layers[0].windows, certificate.layers[0].ties, certificate.layers[0].rows) == (3, 1, 2)
+
+
+# ---- by brute force --------------------------------------------------------------------------------
+
+
+def perturbed(function: Callable[[Tensor], Tensor], x: Tensor, direction: Tensor) -> Tensor:
+    """Which input each output is at x + t p for a tiny t: the gradient of a sum with generic weights."""
+    y = (x + 2.0**-20 * direction).requires_grad_()
+    output = function(y)
+    weights = torch.arange(1, output.numel() + 1, dtype=torch.float64).reshape(output.shape)
+    (gradient,) = torch.autograd.grad((output * weights).sum(), y)
+    return gradient
+
+
+PLACES = torch.full((1, 1, 2), 0.4)
+SELECTIONS: list[tuple[str, Callable[[Tensor], Any]]] = [
+    ("max", lambda x: torch.max(x, 1).values),
+    ("max, kept", lambda x: x.max(dim=0, keepdim=True).values),
+    ("min", lambda x: x.min(-1).values),
+    ("sort", lambda x: x.sort(0).values),
+    ("sort down", lambda x: torch.sort(x, 1, descending=True).values),
+    ("topk", lambda x: x.topk(2, 1).values),
+    ("least k", lambda x: torch.topk(x, 2, 0, largest=False).values),
+    ("median", lambda x: x.median(1).values),
+    ("median, kept", lambda x: torch.median(x, 0, keepdim=True).values),
+    ("kthvalue", lambda x: x.kthvalue(2, 1).values),
+    ("max_pool1d", lambda x: F.max_pool1d(x[None], 3, 1, 1)),
+    ("max_pool1d with indices", lambda x: F.max_pool1d(x[None], 2, return_indices=True)[0]),
+    ("max_pool2d with indices", lambda x: F.max_pool2d(x[None], 2, 1, return_indices=True)[0]),
+    ("max_pool3d", lambda x: F.max_pool3d(x[None, None], (1, 2, 2), 1)),
+    ("max_pool3d, dilated", lambda x: F.max_pool3d(x[None, None, None], (1, 2, 2), (1, 1, 2), (0, 1, 1), (1, 2, 1))),
+    ("adaptive 1", lambda x: F.adaptive_max_pool1d(x[None], 3)),
+    ("adaptive 2", lambda x: F.adaptive_max_pool2d(x[None], (2, 3))),
+    ("adaptive 2 with indices", lambda x: F.adaptive_max_pool2d(x[None], 2, return_indices=True)[0]),
+    ("adaptive 3", lambda x: F.adaptive_max_pool3d(x[None, None], (1, 2, 3))),
+    ("fractional", lambda x: F.fractional_max_pool2d(x[None], 2, (2, 3), _random_samples=PLACES.to(x.dtype))),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "function"), SELECTIONS)
+@pytest.mark.parametrize("seed", range(6))
+def test_a_direction_leads_to_autodiffs_choice(name: str, function: Callable[[Tensor], Any], seed: int) -> None:
+    """Ties of integer data: along the certificate's direction every output is the input that AD selected, exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    w = nn.Parameter(torch.randint(0, 3, (4, 5), generator=generator).to(torch.float64))
+    weights = torch.arange(1, 1 + function(w.detach()).numel(), dtype=torch.float64).reshape(function(w.detach()).shape)
+    certificate = certify(lambda: (function(w) * weights).sum(), nn.ParameterList([w]))
+    assert certificate.verdict is Verdict.CERTIFIED, certificate.reasons
+    certificate.verify()
+    assert certificate.layers[0].ties > 0
+    assert torch.equal(perturbed(function, w.detach(), certificate.directions["0"]), w.grad)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("name", "function"), SELECTIONS)
+def test_values_and_gradients_are_bitwise_torchs(name: str, function: Callable[[Tensor], Any]) -> None:
+    for dtype, seed in itertools.product((torch.float32, torch.bfloat16), range(3)):
+        x = torch.randint(0, 3, (4, 5), generator=torch.Generator().manual_seed(seed)).to(dtype)
+        plain, ours = nn.Parameter(x.clone()), nn.Parameter(x.clone())
+        outputs = []
+        function(plain).sum().backward()
+
+        def loss(ours: Tensor = ours, outputs: list[Tensor] = outputs) -> Tensor:
+            outputs.append(function(ours))
+            return outputs[0].sum()
+
+        certify(loss, nn.ParameterList([ours]))
+        assert torch.equal(outputs[0], function(plain))
+        assert torch.equal(plain.grad, ours.grad)  # type: ignore[arg-type]
+
+
+def test_opposite_choices_are_uncertified() -> None:
+    """max(a, b) - max(b, a), the first wins: AD (1, -1) at a = b, the function is 0."""
+    w = nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    certificate = certify(lambda: w.max(0).values - w.flip(0).max(0).values, nn.ParameterList([w]))
+    assert w.grad is not None
+    assert w.grad.tolist() == [1.0, -1.0]
+    assert certificate.verdict is Verdict.UNCERTIFIED, certificate.reasons
+
+
+def test_a_median_with_rows_of_the_maximum_only_would_be_wrong() -> None:
+    """median(x, -x, 0) is 0; AD says +-1 at 0 (or 0): one member has to go below the selected one, one above."""
+    x = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    certificate = certify(lambda: torch.cat([x, -x, 0 * x]).median(0).values, nn.ParameterList([x]))
+    if float(x.grad) != 0:  # type: ignore[arg-type]
+        assert certificate.verdict is not Verdict.CERTIFIED
+
+
+def test_even_splits_need_equal_gradients() -> None:
+    w = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    model = nn.ParameterList([w])
+    certificate = certify(lambda: w.amax(0), model)
+    assert certificate.verdict is Verdict.UNDECIDED
+    assert "evenly" in certificate.reasons[0]
+    same = certify(lambda: w[:1].expand(2).amax(0), model)
+    assert same.verdict is Verdict.CERTIFIED, same.reasons
+    with torch.no_grad():
+        w[0] = 2
+    assert certify(lambda: w.max() + w.min() + w.amax(0), model).verdict is Verdict.CERTIFIED
+
+
+def test_selections_across_samples() -> None:
+    """A maximum over the batch is one output of several samples; behind it a ReLU touches."""
+    linear = nn.Linear(2, 2, dtype=torch.float64)
+    with torch.no_grad():
+        linear.weight.copy_(torch.tensor([[1.0, 0.0], [0.0, 1.0]]))
+        linear.bias.zero_()
+    x = torch.tensor([[1.0, -1.0], [1.0, -2.0], [-1.0, -1.0]], dtype=torch.float64)
+
+    def loss() -> Tensor:
+        return torch.relu(linear(x).max(0).values + 1).sum()
+
+    certificate = certify(loss, linear)
+    assert certificate.verdict is Verdict.CERTIFIED, certificate.reasons
+    assert sum(layer.ties for layer in certificate.layers) == 2
+    assert certificate.replay(loss, linear).converges
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        nn.MaxPool1d(2), nn.MaxPool1d(2, return_indices=True), nn.AdaptiveMaxPool1d(2),
+        nn.AdaptiveMaxPool1d(2, return_indices=True),
+    ],
+)  # fmt: skip
+def test_modules_bear_their_names(module: nn.Module) -> None:
+    model = adcert.convert(nn.Sequential(nn.Linear(3, 4, dtype=torch.float64), module))
+
+    def loss() -> Tensor:
+        found = model(torch.ones(1, 2, 3, dtype=torch.float64))
+        return (found if isinstance(found, Tensor) else found[0]).sum()
+
+    certificate = certify(loss, model)
+    assert certificate.layers[0].name == "1"
+    assert certificate.verdict is Verdict.CERTIFIED, certificate.reasons
