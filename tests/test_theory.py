@@ -168,6 +168,15 @@ def losing() -> torch.nn.Module:
     return torch.nn.Sequential(conv, torch.nn.ReLU(), torch.nn.MaxPool2d((1, 3)))
 
 
+@pytest.mark.parametrize("proxy", [0.5, 0.25])
+def test_x12_with_proxies_of_ones_own(proxy: float) -> None:
+    """relu(relu(w)) - relu(w) is 0; with one lambda for both AD returns lambda^2 - lambda."""
+    net = torch.nn.ModuleList([adcert.nn.ReLU(proxy=proxy), adcert.nn.ReLU(proxy=proxy)])
+    module = Function(lambda f: f.net[1](f.net[0](f.w)) - f.net[0](f.w), (0.0,), net)
+    assert gradient(module) == (proxy**2 - proxy,)
+    assert verdict(module) != "certified"
+
+
 CONTROLS = {
     "one ReLU": lambda: function(lambda f: F.relu(f.w)),
     "X16 with a trained beta": lambda: Function(removed_bias, None, normalised(affine=True)),
