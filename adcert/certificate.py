@@ -52,6 +52,9 @@ class Column:
 class Block:
     """One strict homogeneous system A p > 0 over a few entries of a few parameters of one layer.
 
+    Where a block has very many columns only those are listed that its direction, or its proof, rests on: the others'
+    entries of the direction are 0, and those of the proof's rows.
+
     ``rows``, ``minus``, ``radius``: float32 or float64 [K, n], n the total number of columns, with the
     meaning of :func:`adcert.feasibility.decide`. ``rules``: per row "touch" or "tie". ``direction``: exact
     integers if nonempty; ``proof``: Gordan's, if empty; ``reason``: the stage that decided, or why none did.

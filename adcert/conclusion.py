@@ -111,10 +111,10 @@ class Observed:
         """What holding it costs, in bytes: its rows and lists."""
         tensors = [t for prints in self.prints.values() for t in prints.lists]
         tensors += [t for layer in self.layers for found in layer.found for t in found.open]
-        for rowset in self.rowsets:
+        for rowset in {id(rowset): rowset for rowset in (*self.rowsets, *self.joint.rowsets)}.values():
             for part in rowset.parts:
                 tensors += [t for t in (part.owner, part.group, part.plus, part.minus, part.radius) if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors) + self.joint.nbytes
+        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @dataclass(frozen=True, eq=False)
@@ -126,6 +126,7 @@ class _Answer:
     reasons: list[str]
     layers: tuple[LayerReport, ...]
     blocks: tuple[Block, ...] = ()
+    sound: bool = True  # False where something is missing that cannot be
 
 
 def conclude(step: Observed, memory: Memory | None = None) -> Certificate:
@@ -189,7 +190,7 @@ def _answer(step: Observed, memory: Memory | None) -> _Answer:
         tried = not step.joint.missing and not step.unlisted
         return _jointly(step, memory) if tried else _nothing(step, [step.problem, _untried(step)])
     first = _layered(step, memory)
-    if step.strict or first.verdict is Verdict.CERTIFIED:
+    if step.strict or first.verdict is Verdict.CERTIFIED or not first.sound:
         return first
     if step.joint.missing or step.unlisted:
         return replace(first, reasons=[*first.reasons, _untried(step)])
@@ -218,7 +219,7 @@ def _layered(step: Observed, memory: Memory | None) -> _Answer:
         failures.append(f"{left} rows or blocks were left out though no other one is proved empty")  # a defect of ours
     verdict, reasons = _verdict(failures, [*step.doubts, *step.unsettled], blocks)
     layers = tuple(_report(layer, solved) for layer in step.layers)
-    return _Answer("paper" if step.strict else "lexicographic", verdict, reasons, layers, blocks)
+    return _Answer("paper" if step.strict else "lexicographic", verdict, reasons, layers, blocks, not failures)
 
 
 def _jointly(step: Observed, memory: Memory | None) -> _Answer:

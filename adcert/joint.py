@@ -24,14 +24,14 @@ from .differences import Differences, RowSet
 from .findings import Findings, Pending, Scope
 from .partial import SECONDS, ball_parts
 from .records import OpRecord
-from .systems import System, solve
+from .systems import Solved, System, solve
 from .ties import exact_rows, normalized_rows
 
 FEW = 64  # differences a second try may send through the partial backward engine
 MANY = 1024  # differences of a step that has no other system
 ENTRIES = 1 << 23  # of all rows over all their columns
 EAGER = 100_000  # rows x trainable parameters of a network so small that its rows are taken in any case
-_LIGHT = 1 << 22  # rows x units of such a network
+_LIGHT = 1 << 18  # rows x units of such a network
 _PLENTY = 256  # rows of a layered system that are not decided on the training thread
 
 Fresh = Mapping[OpRecord, Findings]
@@ -43,11 +43,15 @@ class Refused(Exception):
 
 @dataclass(eq=False)
 class Joint:
-    """The joint rows of a step, graph by graph. ``missing``: why some graph has none, or ""."""
+    """The joint rows of a step, graph by graph.
+
+    ``missing``: why some graph has none, or "". ``pairs``: differences that went through the partial backward engine.
+    """
 
     rowsets: list[RowSet] = field(default_factory=list)
     doubts: list[str] = field(default_factory=list)
     missing: str = ""
+    pairs: int = 0
 
     def alone(self, scope: Scope, fresh: Fresh) -> None:
         """Rows of a graph without a layered system: what is pending goes through the engine."""
@@ -62,7 +66,6 @@ class Joint:
                         pending = _normalized(scope, pending, found)
                     rows, zero = self._rows(scope, pending, deadline)
                     found.settle(pending, zero)
-                    found.partial += len(pending.differences)
                     found.rowsets += rows
             self.rowsets += [rows for found in fresh.values() for rows in found.rowsets]
         except Refused as reason:
@@ -101,6 +104,7 @@ class Joint:
     def _rows(self, scope: Scope, asked: Pending, deadline: float) -> tuple[list[RowSet], Tensor]:
         """Whole gradients of the differences, and the mask of those that are exactly zero."""
         record, rowsets = asked.record, []
+        self.pairs += len(asked.differences)
         zero = torch.zeros(len(asked.differences), dtype=torch.bool)
         doubts = 0
         try:
@@ -122,13 +126,6 @@ class Joint:
         if doubts:
             self.doubts.append(f"{record.name}: {doubts} gradients are within rounding error of zero")
         return rowsets, zero
-
-    @property
-    def nbytes(self) -> int:
-        """What holding the rows costs, in bytes."""
-        parts = [part for rowset in self.rowsets for part in rowset.parts]
-        tensors = [t for p in parts for t in (p.owner, p.group, p.plus, p.minus, p.radius) if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def _normalized(scope: Scope, pending: Pending, found: Findings) -> Pending:
@@ -194,15 +191,17 @@ def _hopeless(rowsets: list[RowSet]) -> None:
 def _troubled(scope: Scope, systems: dict[int, list[RowSet]], doubts: bool) -> None:
     """Return if the joint system may do what the layered one does not; else say why it is not needed, or no help."""
     shapes = {leaf: tuple(scope.graph.leaves.tensor(leaf).shape) for leaf in scope.ranks.of}
-    fine = not doubts
-    for rank, members in systems.items():
-        if sum(rowset.count for rowset in members) > _PLENTY:
-            if not _whole(members):
-                raise Refused(f"more than {_PLENTY} rows in the layered system of {members[0].op}")
-            continue
-        blocks = solve(System(members[0].op, rank, members, shapes), short=True).blocks
-        if any(block.proof is not None for block in blocks):
-            _hopeless(members)
-        fine &= all(block.direction is not None for block in blocks)
-    if fine:
+    few = {rank: rows for rank, rows in systems.items() if sum(rowset.count for rowset in rows) <= _PLENTY}
+    partly = [rank for rank, rows in systems.items() if not _whole(rows)]
+    for rank in partly:
+        if rank not in few:
+            raise Refused(f"more than {_PLENTY} rows in the layered system of {systems[rank][0].op}")
+
+    def solved(rank: int) -> Solved:
+        return solve(System(few[rank][0].op, rank, few[rank], shapes), short=True)
+
+    if not doubts and all(block.direction is not None for rank in partly for block in solved(rank).blocks):
         raise Refused("a backward pass of this step had directions without it, and its rows were not kept")
+    for rank in few.keys() - set(partly):
+        if solved(rank).empty:
+            _hopeless(few[rank])

@@ -110,7 +110,7 @@ class Step:
         now = time.perf_counter()
         observed.seconds["analysis"] = analysis.seconds["analysis"] + now - start
         observed.seconds["step"] = now - self._began
-        self._summary = {"partial": analysis.pairs}
+        self._summary = {"partial": analysis.pairs + analysis.joint.pairs}
         self._release()
         return observed
 
@@ -130,7 +130,8 @@ def summarize(number: int, certificate: Certificate) -> dict[str, Any]:
     """One line of the log: the verdict, totals, and the same per layer.
 
     ``seconds``: analysis = audit + rows on the training thread; of audit, ``device`` went by until a GPU had finished
-    the forward pass; of rows, ``partial`` went into the partial backward engine; ``solve`` on the worker.
+    the forward pass; of rows, ``partial`` went into the partial backward engine and ``joint`` into the joint system;
+    ``solve`` on the worker.
     """
     counts = ("windows", "ties", "touches", "differing", "rows", "blocks", "exemptions")
     layers = [{"name": layer.name, **{key: getattr(layer, key) for key in counts}} for layer in certificate.layers]

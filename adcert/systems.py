@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from scipy.sparse.csgraph import connected_components
 from . import ops
 from .certificate import Block, Column
 from .differences import Part, RowSet, groups_of
-from .feasibility import Decision, Proof, decide
+from .feasibility import Proof, decide
+from .wide import decide_wide, is_wide
 
 _REMEMBERED = 32  # rows from which on a block's direction is worth keeping for the next step
 _BLOCKS = 256  # directions kept
@@ -225,14 +227,20 @@ def _decided(
     memory: Memory | None = None,
 ) -> Block:
     """Drop repeated rows, decide, and keep only what the answer rests on."""
-    stacked = np.concatenate([plus, minus] if radius is None else [plus, minus, radius], axis=1)
-    first = ops.distinct_rows(torch.from_numpy(np.ascontiguousarray(stacked))).numpy()
-    plus, minus = plus[first], minus[first]
-    radius = None if radius is None else radius[first]
-    names = tuple(rules[i] for i in first)
-    subtracted = minus if minus.any() else None
-    key = (system.layer, system.rank, *((column.parameter, int(column.indices[0])) for column in columns))
-    answer: Decision = decide(plus, subtracted, radius, warm=memory.recall(key) if memory else None)
+    names, subtracted = tuple(rules), minus if minus.any() else None
+    if is_wide(*plus.shape):
+        chosen, answer = decide_wide(plus, subtracted, radius)
+        columns = _picked(columns, chosen)
+        plus, subtracted = plus[:, chosen], None if subtracted is None else subtracted[:, chosen]
+        radius = None if radius is None else radius[:, chosen]
+        key: tuple[object, ...] = ()
+    else:
+        stacked = np.concatenate([plus, minus] if radius is None else [plus, minus, radius], axis=1)
+        first = ops.distinct_rows(torch.from_numpy(np.ascontiguousarray(stacked))).numpy()
+        plus, radius = plus[first], None if radius is None else radius[first]
+        names, subtracted = tuple(rules[i] for i in first), None if subtracted is None else subtracted[first]
+        key = (system.layer, system.rank, *((column.parameter, int(column.indices[0])) for column in columns))
+        answer = decide(plus, subtracted, radius, warm=memory.recall(key) if memory else None)
     proof = answer.proof
     if proof is not None:  # the other rows do not matter any more
         rest = list(proof.rows)
@@ -251,6 +259,18 @@ def _decided(
         proof=proof,
         reason=answer.reason,
     )
-    if memory is not None:
+    if memory is not None and key:
         memory.keep(key, block)
     return block
+
+
+def _picked(columns: tuple[Column, ...], chosen: np.ndarray) -> tuple[Column, ...]:
+    """These columns of a block, those of one parameter together."""
+    result, start = [], 0
+    for leaf, run in groupby(columns, key=lambda column: column.parameter):
+        indices = np.concatenate([column.indices for column in run])
+        mine = chosen[(chosen >= start) & (chosen < start + len(indices))] - start
+        start += len(indices)
+        if len(mine):
+            result.append(Column(leaf, indices[mine]))
+    return tuple(result)
