@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .audit import audit_graph
+from .between import entangled, joined
 from .certificate import Block
 from .conclusion import LARGE, LayerFindings, Observed, Prints
 from .coverage import Cover, Facts, cover, facts_of, pools
@@ -24,7 +25,7 @@ from .differences import RowSet
 from .findings import Findings, Scope
 from .gradients import Gradients
 from .joint import Joint
-from .layers import Graph, Leaves, Order, Tau, order_layers
+from .layers import Graph, Leaves, Order, Tau, order_layers, upstream_records
 from .lists import Coming
 from .partial import finish, give_up
 from .ranks import rank_leaves
@@ -173,7 +174,8 @@ class StepAnalysis:
             if not pooled:
                 self.facts[record] = facts_of(graph, record, order.own[record], ranks.bias.get(record))
             with self._guarded(record):
-                fresh[record] = decide_record(scope, record)
+                found = fresh[record] = decide_record(scope, record)
+                found.rests = not found.own_alone() or (bool(found.touches) and record.edge[0] in graph.record_of)
         if layered:
             self._settle_rows(scope, fresh)
             self._settle_pending(scope, fresh)
@@ -191,6 +193,9 @@ class StepAnalysis:
                 found.doubts += earlier.doubts
                 found.unsettled += earlier.unsettled
                 found.unlisted += earlier.unlisted
+                found.free.classes += earlier.free.classes
+                found.free.rowsets += earlier.free.rowsets
+                found.rests |= earlier.rests
             self.findings[record] = found
             self.seconds["partial"] += found.seconds
             self.pairs += found.partial
@@ -262,16 +267,18 @@ class StepAnalysis:
                 "no backward pass was seen in this step: call loss.backward() inside it, or step.loss(loss)"
             )
         order = self.order if self.order is not None else order_layers(self.taus)
+        shapes = {name: tuple(tensor.shape) for name, tensor in self.leaves.trainable().items()}
+        covered, independent = self._covered(order)
         rowsets = [rowset for found in self.findings.values() for rowset in found.rowsets]
+        free, doubts = self._between(shapes, covered)
+        rowsets += free
         ranks = self._final_ranks(order)
         problem = order.problem or ("" if failures else self._misplaced(rowsets, ranks))
         if problem and self.strict and rowsets:
             failures.append(problem)
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.leaves.trainable().items()}
-        covered, independent = self._covered(order)
         return Observed(
             failures=failures,
-            doubts=[doubt for found in self.findings.values() for doubt in found.doubts],
+            doubts=[doubt for found in self.findings.values() for doubt in found.doubts] + doubts,
             unsettled=[doubt for found in self.findings.values() for doubt in found.unsettled],
             layers=tuple(self._layer(layer.name, layer.leaves, layer.records, ranks) for layer in order.layers),
             rowsets=rowsets,
@@ -287,12 +294,24 @@ class StepAnalysis:
             gradients=gradients,
             seconds=dict(self.seconds),
             problem="" if self.strict else problem,
-            joint=self.joint,
+            joint=Joint(missing="it has no rows for proxies between the sides") if free else self.joint,
         )
 
     def _covered(self, order: Order) -> tuple[Cover | None, frozenset[str]]:
         """The theorem that covers the whole step, and the matrices of Theorem 5: every record's facts are needed."""
         return cover(order, self.facts) if self.facts.keys() == self.taus.keys() else (None, frozenset())
+
+    def _between(
+        self, shapes: dict[str, tuple[int, ...]], covered: Cover | None
+    ) -> tuple[list[RowSet], list[str]]:
+        """Rows of the touches with proxies between the one-sided derivatives, and why they may not do."""
+        ops = [record.name for record, found in self.findings.items() if found.free]
+        if not ops:
+            return [], []
+        rowsets, doubts = joined((found.free for found in self.findings.values()), shapes)
+        if self.strict and covered is None:
+            doubts.append(f"{ops[0]}: proxies between the one-sided derivatives, which Theorem 8 does not admit")
+        return rowsets, doubts + entangled(upstream_records(self.taus), self.findings)
 
     def _final_ranks(self, order: Order) -> dict[str, int]:
         """Ranks 1, 2, ... in the final order of all graphs; leaves without a layer rank with the first."""

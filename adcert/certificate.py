@@ -20,11 +20,13 @@ import torch
 
 from adcert.errors import AdcertError, CertificateError
 from adcert.feasibility import Proof, check_direction, check_proof
+from adcert.independence import independent
 
 SYSTEMS = ("paper", "lexicographic", "joint")
 CLAIMS = ("bouligand", "clarke")
-RULES = ("touch", "tie")
-THEOREMS = tuple(f"Theorem {name}" for name in ("1", "4", "5", "6", "8", "E4"))
+FREE = "free"  # a touch whose proxy is between the one-sided derivatives: both signs of its row are needed
+RULES = ("touch", "tie", FREE)
+THEOREMS = tuple(f"Theorem {name}" for name in ("1", "4", "5", "6", "8", "E4", "E5"))
 UNPOOLED = ("Theorem 1", "Theorem 4", "Theorem 6", "Theorem 5")  # the first three rest on biases
 BIASES = ("none", "distinct", "shared", "partial")
 
@@ -56,7 +58,7 @@ class Block:
     entries of the direction are 0, and those of the proof's rows.
 
     ``rows``, ``minus``, ``radius``: float32 or float64 [K, n], n the total number of columns, with the
-    meaning of :func:`adcert.feasibility.decide`. ``rules``: per row "touch" or "tie". ``direction``: exact
+    meaning of :func:`adcert.feasibility.decide`. ``rules``: per row "touch", "tie" or "free". ``direction``: exact
     integers if nonempty; ``proof``: Gordan's, if empty; ``reason``: the stage that decided, or why none did.
     """
 
@@ -159,7 +161,8 @@ class Certificate:
     def verify(self) -> None:
         """Rechecks the verdict exactly from the certificate alone; :class:`CertificateError` names the block.
 
-        CERTIFIED: every block has a direction that makes each of its rows positive. UNCERTIFIED: some block
+        CERTIFIED: every block has a direction that makes each of its rows positive, and independent rows if some are
+        free. UNCERTIFIED: some block
         has a proof that no direction does. UNDECIDED: there is a reason. In each case columns lie inside
         their parameters, the blocks of one rank do not overlap, and the layers' counts agree with the blocks
         (for a certified step exactly; otherwise a certificate may list fewer blocks than were counted). It
@@ -178,9 +181,18 @@ class Certificate:
                 raise CertificateError(f"{where}: {error}") from error
             if self.verdict is Verdict.CERTIFIED and block.direction is None:
                 raise CertificateError(f"{where} has no direction, but the certificate says certified")
+            if self.verdict is Verdict.CERTIFIED and FREE in block.rules:
+                self._verify_free(block, where)
         if self.verdict is Verdict.UNCERTIFIED and all(block.proof is None for block in self.blocks):
             raise CertificateError("no block has a proof of emptiness, but the certificate says uncertified")
         self._verify_layers()
+
+    def _verify_free(self, block: Block, where: str) -> None:
+        """Theorem E5: independent rows have a direction for every choice of their signs."""
+        if self.claim != "clarke":
+            raise CertificateError(f"{where} has free rows, but the certificate claims {self.claim}")
+        if not independent(block.rows, block.minus, block.radius):
+            raise CertificateError(f"{where} has free rows among rows that are not independent")
 
     def _verify_header(self) -> None:
         certified = self.verdict is Verdict.CERTIFIED
@@ -301,6 +313,8 @@ class Certificate:
 def _verify_system(block: Block) -> None:
     if len(block.rules) != len(block.rows) or any(rule not in RULES for rule in block.rules):
         raise CertificateError(f"rules must name one of {RULES} for each of the {len(block.rows)} rows")
+    if block.proof is not None and any(block.rules[row] == FREE for row in block.proof.rows if row < len(block.rules)):
+        raise CertificateError("a proof of emptiness rests on rows that may have either sign")
     if block.direction is not None and block.proof is not None:
         raise CertificateError("it has both a direction and a proof of emptiness")
     if block.direction is not None and not check_direction(block.rows, block.direction, block.minus, block.radius):

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from .certificate import Block, Certificate, LayerReport, Verdict
+from .between import judged
+from .certificate import FREE, Block, Certificate, LayerReport, Verdict
 from .choices import Ties
 from .coverage import Cover
 from .differences import RowSet
@@ -147,7 +149,7 @@ def conclude(step: Observed, memory: Memory | None = None) -> Certificate:
         layers=answer.layers,
         blocks=answer.blocks,
         system=answer.system,
-        claim="bouligand" if answer.verdict is Verdict.CERTIFIED else "",
+        claim=_claim(answer.blocks) if answer.verdict is Verdict.CERTIFIED else "",
         theorem=_theorem(step, answer) if answer.verdict is Verdict.CERTIFIED else "",
         shapes=step.shapes,
         scales={name: 1 if joint else step.ranks.get(name, 1) for name in step.shapes},
@@ -159,6 +161,11 @@ def conclude(step: Observed, memory: Memory | None = None) -> Certificate:
     return certificate
 
 
+def _claim(blocks: Sequence[Block]) -> str:
+    """What a certified step claims: with proxies between the one-sided derivatives a convex combination."""
+    return "clarke" if any(FREE in block.rules for block in blocks) else "bouligand"
+
+
 def _theorem(step: Observed, answer: _Answer) -> str:
     """The theorem a certified step rests on: one that needs no values, else 5 where it holds, else the system's own."""
     if answer.system == "joint":
@@ -167,6 +174,8 @@ def _theorem(step: Observed, answer: _Answer) -> str:
         return step.cover.theorem
     if step.matrices and _independent(step.matrices, answer.layers, answer.blocks):
         return "Theorem 5"
+    if _claim(answer.blocks) == "clarke":
+        return "Theorem E5"
     return "Theorem 8" if step.strict else "Theorem E4"
 
 
@@ -176,8 +185,14 @@ def _independent(matrices: frozenset[str], layers: tuple[LayerReport, ...], bloc
     Only those of each unit have to be: they are the rows of its block. If all columns of z are independent, they are.
     """
     touches, rows = sum(layer.touches for layer in layers), sum(len(block.rows) for block in blocks)
-    own = all(column.parameter in matrices for block in blocks for column in block.columns)
-    return touches == rows and own and all(independent(b.rows, b.minus, b.radius) for b in blocks)
+    return touches == rows and all(_inputs_independent(matrices, block) for block in blocks)
+
+
+def _inputs_independent(matrices: frozenset[str], block: Block) -> bool:
+    """Of a block's rows the entries in a matrix only: those of a bias do not count."""
+    of_matrix = np.concatenate([np.full(len(c.indices), c.parameter in matrices) for c in block.columns])
+    parts = (None if array is None else array[:, of_matrix] for array in (block.rows, block.minus, block.radius))
+    return bool(of_matrix.any()) and independent(*parts)
 
 
 def _answer(step: Observed, memory: Memory | None) -> _Answer:
@@ -255,7 +270,8 @@ def _solved(step: Observed, memory: Memory | None) -> dict[tuple[str, int], Solv
             systems[home[rowset.op], 1].append(rowset)
     known = {(names[leaf], step.ranks[leaf]): block for leaf, block in step.empty}
     solved: dict[tuple[str, int], Solved] = {}
-    short = _size(step.rowsets) > LARGE  # then one empty block is enough, found where rows abound
+    free = any(rowset.rule == FREE for rowset in step.rowsets)
+    short = _size(step.rowsets) > LARGE and not free  # then one empty block is enough, found where rows abound
     for (layer, rank), members in sorted(systems.items(), key=lambda item: -_size(item[1]) if short else 0):
         system = System(layer, rank, members, {leaf: step.shapes[leaf] for leaf in names})
         block = known.get((layer, rank))
@@ -265,6 +281,8 @@ def _solved(step: Observed, memory: Memory | None) -> dict[tuple[str, int], Solv
             solved[layer, rank] = Solved([], *count_blocks(system))
         else:
             solved[layer, rank] = solve(system, short, memory)
+        if free:
+            solved[layer, rank] = replace(solved[layer, rank], blocks=[judged(b) for b in solved[layer, rank].blocks])
     return {key: solved[key] for key in systems}
 
 

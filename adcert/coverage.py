@@ -60,10 +60,10 @@ class Kink:
 class Facts:
     """What the theorems ask about one recorded operation.
 
-    ``kinks``: of rho, none where it is the identity. ``pooled``: phi chooses among two or more units.
-    ``single``: no two units, over all samples, share a bias entry. ``mixed``: units that a window holds may add
-    different ones. ``even``: AD splits the gradient among tied units. ``matrix``: (leaf, rows B of the input, features) where ``y = z A^T (+ b)`` with the leaf A, which
-    nothing else in the layer is computed from.
+    ``kinks``: of rho, none where it is the identity. ``pooled``: phi chooses among two or more units. ``single``: no
+    two units, over all samples, share a bias entry. ``mixed``: units that a window holds may add different ones.
+    ``even``: AD splits the gradient among tied units. ``matrix``: (leaf, rows B of the input, features) where
+    ``y = z A^T (+ b)`` with the leaf A, which nothing else in the layer is computed from.
     """
 
     name: str
@@ -220,6 +220,12 @@ def shifted(order: Order, facts: dict[OpRecord, Facts]) -> frozenset[OpRecord]:
     spoilt = {leaf for leaf in biases if any(_misread(order, kinked, leaf)) or not _agree(kinked.values(), leaf)}
     spoilt |= {fact.bias.leaf for fact in kinked.values() if fact.bias is not None and fact.mixed}
     return frozenset(r for r, fact in kinked.items() if fact.bias is not None and fact.bias.leaf not in spoilt)
+
+
+def outside(kink: Kink) -> str:
+    """Why a proxy is in no subdifferential of rho."""
+    ends = sorted((kink.below, kink.above))
+    return f"autodiff's derivative {kink.proxy:g} lies outside [{ends[0]:g}, {ends[1]:g}]"
 
 
 def _biases(order: Order, kinked: dict[OpRecord, Facts]) -> Iterator[Failure]:

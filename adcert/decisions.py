@@ -11,8 +11,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .between import Classes
 from .bias import Bias
+from .certificate import FREE
 from .choices import Choice, Ties
+from .coverage import kinks_of, outside
 from .differences import Differences, Expansion, Part, RowSet, groups_of, unit_parts
 from .equality import base_of, follow_to, prove_expansion_zero, prove_zero, tied_pairs
 from .findings import Findings, Pending, Scope
@@ -23,6 +26,8 @@ from .rows import expand
 from .stages import stages_above
 from .ties import resolve
 from .transfer import take
+
+NO_SIDE = "autodiff's derivative is none of the two one-sided ones"
 
 
 def decide_record(scope: Scope, record: OpRecord) -> Findings:
@@ -37,11 +42,11 @@ def decide_record(scope: Scope, record: OpRecord) -> Findings:
 
 
 def _touches(scope: Scope, record: OpRecord, found: Findings) -> None:
-    units, sides = record.touched()
+    units, kinks, sides = record.touched()
     if len(units) and not scope.strict:
         keep = relevant_inputs(scope.graph, record, units)
         found.exemptions["irrelevant"] += int((~keep).sum())
-        units, sides = units[keep], sides[keep]
+        units, kinks, sides = units[keep], kinks[keep], sides[keep]
     top = record
     source = scope.graph.record_of.get(top.edge[0])
     while source is not None and rectified(scope.graph, source):  # max 0 under a ReLU: every maximiser touches
@@ -51,22 +56,47 @@ def _touches(scope: Scope, record: OpRecord, found: Findings) -> None:
         source = scope.graph.record_of.get(top.edge[0])
     if len(units):
         zero = torch.full_like(units, -1)
-        _undirected(scope, top, Differences(zero, units).select(sides == 0), found)
+        if bool((sides == 0).any()):
+            _between(scope, top, units[sides == 0], kinks[sides == 0], found)
         touched = Differences(torch.where(sides > 0, units, zero), torch.where(sides > 0, zero, units))
         _lowered(scope, top, touched.select(sides != 0), None, "touch", found)
 
 
-def _undirected(scope: Scope, record: OpRecord, differences: Differences, found: Findings) -> None:
-    """Touches at which AD's proxy is no one-sided derivative: fine only where the gradient is zero."""
-    if len(differences) == 0:
+def _between(scope: Scope, record: OpRecord, units: Tensor, kinks: Tensor, found: Findings) -> None:
+    """Touches at which AD's proxy is no one-sided derivative: fine where the gradient is zero, else Theorem E5."""
+    if len(units) == 0:
         return
-    zero = prove_zero(scope.graph, record, differences)
+    zero = prove_zero(scope.graph, record, Differences(torch.full_like(units, -1), units))
     found.exemptions["zero gradient"] += int(zero.sum())
-    left = int((~zero).sum())
+    units, kinks = units[~zero], kinks[~zero]
+    bias = scope.ranks.bias.get(record)
+    for number, kink in enumerate(kinks_of(record)):
+        mine = units[kinks == number]
+        if len(mine) == 0:
+            continue
+        if kink.weight is None:
+            found.doubts.append(f"{record.name}: {len(mine)} units at {kink.at:g}: {outside(kink)}")
+        elif not scope.layered:
+            found.doubts.append(f"{record.name}: {len(mine)} units at {kink.at:g}: {NO_SIDE}")
+        elif bias is not None:
+            order = scope.ranks.order
+            below = (order.upstream[record] | order.own[record]) - {bias.leaf}
+            groups = torch.unique(bias.group(mine))
+            found.free.classes.append(Classes(record.name, bias.leaf, groups, kink.weight, below))
+            found.exemptions["bias"] += len(mine)
+        else:
+            _free_rows(scope, record, mine, found)
+
+
+def _free_rows(scope: Scope, record: OpRecord, units: Tensor, found: Findings) -> None:
+    """Exact rows of the own layer, one for each touch; where there is none the touch stays in doubt."""
+    differences = Differences(torch.full_like(units, -1), units)
+    rows = Findings()
+    _own_rows(scope, Pending(record, differences, FREE, torch.arange(len(units)), None), rows)
+    found.free.rowsets += rows.rowsets
+    left = len(units) - sum(rowset.count for rowset in rows.rowsets)
     if left:
-        found.doubts.append(
-            f"{record.name}: {left} units at a kink where autodiff's derivative is none of the two one-sided ones"
-        )
+        found.doubts.append(f"{record.name}: {left} units at a kink where {NO_SIDE}")
 
 
 def _lowered(

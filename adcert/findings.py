@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from .between import Free
 from .bias import Bias
 from .differences import Differences, RowSet, unique_pairs
 from .layers import Graph, Order
@@ -106,9 +107,17 @@ class Findings:
     outside: list[str] = field(default_factory=list)  # what no theorem covers: nothing can be concluded
     unsettled: list[str] = field(default_factory=list)
     open: list[Tensor] = field(default_factory=list)  # windows with a member that is not in T_j, in pieces
+    free: Free = field(default_factory=Free)
+    rests: bool = False  # something was decided by gradients of earlier layers, not by the own layer alone
     unlisted: int = 0  # rows that were counted only, since others prove a system empty
     partial: int = 0  # differences that went through the partial backward engine, and the seconds they took
     seconds: float = 0.0
+
+    def own_alone(self) -> bool:
+        """Before anything pending is settled: did E2, E3, biases and exact own rows of touches decide everything?"""
+        rules = {rule for rule, count in self.exemptions.items() if count}
+        ties = any(rowset.rule == "tie" for rowset in self.rowsets)
+        return not (self.pending or self.bulk or ties or rules - {"bias", "flat", "irrelevant"})
 
     @property
     def differing(self) -> int:

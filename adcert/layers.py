@@ -188,7 +188,7 @@ def order_layers(taus: dict[OpRecord, Tau]) -> Order:
     downstream of its own layer is weight tying, which the layered theorems do not cover: ``problem`` says so. So does a
     circle between layers.
     """
-    above = _upstream(taus)
+    above = upstream_records(taus)
     upstream_of = {
         record: frozenset(leaf for source in above[record] for leaf in taus[source].leaves) for record in taus
     }
@@ -251,7 +251,8 @@ def _groups(taus: dict[OpRecord, Tau], own: dict[OpRecord, frozenset[str]]) -> l
     return list(groups.values())
 
 
-def _upstream(taus: dict[OpRecord, Tau]) -> dict[OpRecord, set[OpRecord]]:
+def upstream_records(taus: dict[OpRecord, Tau]) -> dict[OpRecord, set[OpRecord]]:
+    """Of every record the ones its y depends on."""
     found: dict[OpRecord, set[OpRecord]] = {}
     for start in taus:
         stack = [start]

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
+from fractions import Fraction
 
 import torch
 
 from .bias import Bias, bias_of
 from .choices import Ties
+from .coverage import kinks_of
 from .equality import base_of, follow_to, tied_pairs
 from .findings import Ranks
 from .layers import Graph, Order
@@ -43,17 +45,22 @@ def rank_leaves(graph: Graph, order: Order, strict: bool) -> Ranks:
 
 
 def _torn(biases: dict[OpRecord, Bias | None]) -> bool:
-    """Do touches ask some entry of a bias both up and down (a unit at both kinks of a hardtanh, in two samples)?
+    """Do touches ask some entry of a bias for several sides (a unit at both kinks of a hardtanh, in two samples)?
 
-    Then its weights may tell them apart: they are decided jointly.
+    Then its weights may tell them apart: they are decided jointly. Sides differ where their lambda does
+    (:class:`adcert.coverage.Kink`).
     """
-    asked: dict[tuple[str, int], int] = {}
-    for record, bias in biases.items():
-        if bias is not None and len(set(record.sides)) > 1:
-            units, sides = record.touched()
-            for group, side in zip(bias.group(units).tolist(), sides.tolist(), strict=True):
-                if asked.setdefault((bias.leaf, group), side) != side:
-                    return True
+    touched = [(record, bias) for record, bias in biases.items() if bias is not None and len(record.touches)]
+    weights = {record: [kink.weight for kink in kinks_of(record)] for record, _ in touched}
+    if len({weight for each in weights.values() for weight in each}) < 2:
+        return False
+    asked: dict[tuple[str, int], Fraction | None] = {}
+    for record, bias in touched:
+        units, kinks, _ = record.touched()
+        for group, kink in zip(bias.group(units).tolist(), kinks.tolist(), strict=True):
+            weight = weights[record][kink]
+            if asked.setdefault((bias.leaf, group), weight) != weight:
+                return True
     return False
 
 

@@ -98,10 +98,11 @@ class OpRecord:
             return self.rho.slope(found, self.output, None, left)
         return self.rho.slope(self.rho.code(found), self.output, found, left)
 
-    def touched(self) -> tuple[Tensor, Tensor]:
-        """(flat unit, side of AD's proxy) of every touch, int64 [M] each."""
+    def touched(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(flat unit, number of its kink, side of AD's proxy there) of every touch, int64 [M] each."""
         count = max(1, len(self.sides))
-        return self.touches // count, torch.tensor(self.sides)[self.touches % count]
+        kinks = self.touches % count
+        return self.touches // count, kinks, torch.tensor(self.sides)[kinks]
 
     def release(self) -> None:
         """Let go of the activations; the counts stay."""

@@ -13,7 +13,7 @@ from scipy.sparse import coo_matrix
 from scipy.sparse.csgraph import connected_components
 
 from . import ops
-from .certificate import Block, Column
+from .certificate import FREE, Block, Column
 from .differences import Part, RowSet, groups_of
 from .feasibility import Proof, decide
 from .wide import decide_wide, is_wide
@@ -234,6 +234,9 @@ def _decided(
         plus, subtracted = plus[:, chosen], None if subtracted is None else subtracted[:, chosen]
         radius = None if radius is None else radius[:, chosen]
         key: tuple[object, ...] = ()
+    elif FREE in rules:  # each free row stands for a choice of its own: equal ones are not independent
+        key = ()
+        answer = decide(plus, subtracted, radius)
     else:
         stacked = np.concatenate([plus, minus] if radius is None else [plus, minus, radius], axis=1)
         first = ops.distinct_rows(torch.from_numpy(np.ascontiguousarray(stacked))).numpy()

@@ -185,9 +185,10 @@ def _look(model: torch.nn.Module, example: Any, loss: Callable[[Any], Tensor] | 
     if records.active() is not None:
         raise AdcertError("a monitored step is running on this thread: analyze before it, or after")
     try:
-        clone = convert(copy.deepcopy(model))
+        clone = copy.deepcopy(model)
     except Exception as error:
         raise AdcertError(f"the model cannot be copied ({type(error).__name__}: {error})") from error
+    clone = convert(clone)
     args, kwargs = _arguments(example)
     recorder = Recorder({id(module): name for name, module in clone.named_modules()})
     watch = Watch(recorder, lambda roots, inputs, keep: None)
@@ -253,6 +254,10 @@ def _theorems(order: Order, facts: dict[OpRecord, Facts], problems: list[Failure
         ("Theorem 8", "Algorithm 1: P_l of every layer must not be empty", "bouligand", problems + tied + sides)
     )
     cases.append(("Theorem E4", "one direction has to satisfy every touch and tie", "bouligand", problems + sides))
+    if sides and not all(_sided(fact) for fact in facts.values()):
+        even = [failure for failure in sides if "splits" in failure.reason]
+        rows = "rows of touches with proxies between the one-sided derivatives have to be independent"
+        cases.append(("Theorem E5", rows, "clarke", problems + tied + even + _outsiders(facts)))
     found = []
     for name, left, claimed, fails in cases:
         holds = PER_STEP if left else ALWAYS
@@ -262,6 +267,11 @@ def _theorems(order: Order, facts: dict[OpRecord, Facts], problems: list[Failure
 
 def _sided(fact: Facts) -> bool:
     return all(kink.side for kink in fact.kinks)
+
+
+def _outsiders(facts: dict[OpRecord, Facts]) -> list[Failure]:
+    beyond = [fact for fact in facts.values() if any(kink.weight is None for kink in fact.kinks)]
+    return [Failure("a proxy outside [D-, D+]", fact.name) for fact in beyond]
 
 
 def _columns(facts: dict[OpRecord, Facts]) -> Iterator[Failure]:
