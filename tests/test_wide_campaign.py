@@ -1,0 +1,52 @@
+"""The product's promise over every activation, pooling, selection and layer: none false, enough true.
+
+Judged by a sampled hull and by replay of every witness (``wide_oracle.py``).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from wide_campaign import Outcome, plain_reason, recall, run, table
+from wide_networks import KINDS
+
+SAMPLE = range(150)
+CAMPAIGN = range(3000)
+
+
+def check(outcomes: list[Outcome]) -> None:
+    print(table(outcomes))
+    alarms = [f"network {o.seed}: {alarm}" for o in outcomes for alarm in o.alarms]
+    assert not alarms, alarms
+
+
+def test_pinned_sample() -> None:
+    check([run(seed) for seed in SAMPLE])
+
+
+@pytest.mark.fuzz
+def test_three_thousand_networks() -> None:
+    outcomes = [run(seed) for seed in CAMPAIGN]
+    check(outcomes)
+    assert Counter(kind for o in outcomes for kind in o.labels & set(KINDS)).total() > len(CAMPAIGN)
+
+
+def test_table_counts_per_kind() -> None:
+    def outcome(label: str, right: bool | None, default: str, strict: str) -> Outcome:
+        verdicts = {"default": default, "strict": strict}
+        return Outcome(0, frozenset({label}), right, True, verdicts, {"default": ("f at a.py:3",), "strict": ()}, ())
+
+    outcomes = [
+        outcome("relu", True, "certified", "certified"),
+        outcome("relu", True, "certified", "uncertified"),
+        outcome("abs", True, "undecided", "undecided"),
+        outcome("abs", None, "undecided", "undecided"),
+    ]
+    assert recall(outcomes) == pytest.approx(2 / 3)
+    assert recall(outcomes, "strict") == pytest.approx(1 / 3)
+    lines = {line.split()[0]: line.split()[1:] for line in table(outcomes).splitlines()}
+    assert lines["relu"] == ["2", "2", "2", "100.0%", "50.0%", "0"]
+    assert lines["abs"] == ["2", "1", "0", "0.0%", "0.0%", "2"]
+    assert "1  f at ~" in table(outcomes)
+    assert plain_reason("f (g at x.py:12) of 'a.b' in 3 rows") == "f (g at ~) of ~ in ~ rows"
