@@ -9,7 +9,9 @@ from collections import Counter
 
 import pytest
 from wide_campaign import Outcome, plain_reason, recall, run, table
-from wide_networks import KINDS
+from wide_networks import KINDS, WideNetwork
+
+import adcert
 
 SAMPLE = range(150)
 CAMPAIGN = range(3000)
@@ -30,6 +32,19 @@ def test_three_thousand_networks() -> None:
     outcomes = [run(seed) for seed in CAMPAIGN]
     check(outcomes)
     assert Counter(kind for o in outcomes for kind in o.labels & set(KINDS)).total() > len(CAMPAIGN)
+
+
+def test_false_certificates_are_noticed() -> None:
+    """Somebody who certifies everything is caught where autodiff is wrong."""
+
+    def credulous(network: WideNetwork, strict: bool) -> adcert.Certificate:
+        shapes = {name: tuple(p.shape) for name, p in network.model.named_parameters()}
+        return adcert.Certificate(
+            adcert.Verdict.CERTIFIED, claim="clarke", shapes=shapes, scales=dict.fromkeys(shapes, 1)
+        )
+
+    outcomes = [run(seed, credulous) for seed in (0, 2, 77, 87, 97)]
+    assert [any("FALSE" in alarm for alarm in o.alarms) for o in outcomes] == [False, True, True, True, True]
 
 
 def test_table_counts_per_kind() -> None:

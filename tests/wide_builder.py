@@ -36,7 +36,7 @@ class Builder:
         self.shape: tuple[int, ...] = () if parent is None else parent.shape
         self.words = 0
         self.batched = False
-        self.bias_odds = source.choice((0, 1, 1, 2)) if parent is None else parent.bias_odds
+        self.bias_odds = source.choice((0, 0, 1, 2)) if parent is None else parent.bias_odds
         self.layer: nn.Module | None = None  # the last module, if it is a layer whose output nobody else holds
         self.whole: nn.Module | None = None
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +56,7 @@ def same_gradient(network: WideNetwork) -> bool:
     return all(a.grad is b.grad if a.grad is None or b.grad is None else torch.equal(a.grad, b.grad) for a, b in pairs)
 
 
-def run(seed: int) -> Outcome:
+def run(seed: int, certify: Callable[[WideNetwork, bool], adcert.Certificate] = certificate_of) -> Outcome:
     """The network of a seed: certified in both modes, judged, every certificate replayed."""
     network = wide_network(seed)
     sampled = sample(network)
@@ -65,7 +65,7 @@ def run(seed: int) -> Outcome:
     if not same_gradient(network):
         alarms.append("the gradient of the converted model differs")
     for mode in MODES:
-        certificate = certificate_of(network, strict=mode == "strict")
+        certificate = certify(network, mode == "strict")
         certificate.verify()
         verdicts[mode] = certificate.verdict.value
         reasons[mode] = tuple(certificate.reasons)
