@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 import torch
 from networks import KINDS, MAX_PARAMETERS, Network, Residual, random_network
-from oracle import ad_gradient, bouligand_elements
-from oracle_compile import compile_network
-from oracle_program import Pool, Relu
 from torch import nn
+
+from adcert import oracle
+from adcert.oracle.program import Select
+from adcert.oracle.subdifferential import Evidence
 
 # Parameters, inputs, loss weights and gradients of networks 0..49, as little-endian int64.
 DIGEST = "07333fac103fcacd85550be076258f19422f59897fa8c777a0aaf48cf7baed57"
@@ -28,17 +29,17 @@ def modules(network: Network, kind: type[nn.Module]) -> list[nn.Module]:
     return [module for module in network.model.modules() if isinstance(module, kind)]
 
 
+def ad_gradient(network: Network) -> np.ndarray:
+    return np.concatenate([g.flatten().numpy() for g in oracle.ad_gradient(network.closure, network.model).values()])
+
+
 def has_decision(network: Network) -> bool:
     """A ReLU input that is exactly 0, or a window whose maximum is attained by two units."""
-    program = compile_network(network)
+    program = oracle.trace(network.closure, network.model)
     for op in program.ops:
-        values = program.values[op.source] if isinstance(op, Relu | Pool) else None
-        if isinstance(op, Relu) and (values == 0).any():
-            return True
-        if isinstance(op, Pool):
-            for members in op.members:
-                units = np.unique(members)
-                if (values[units] == values[units].max()).sum() > 1:
+        if isinstance(op, Select):
+            for members, value in zip(op.members, program.values[op.out], strict=True):
+                if (program.values[np.unique(members)] == value).sum() > 1:
                     return True
     return False
 
@@ -110,7 +111,9 @@ def test_decisions_matter_on_many_networks(networks: list[Network]) -> None:
     not in it."""
     matter = 0
     for network in networks:
-        elements = bouligand_elements(network, samples=60)
+        evidence = Evidence(oracle.trace(network.closure, network.model))
+        evidence.sample(60, (), 0)
+        elements = evidence.known().matrix.astype(np.float64)
         matter += len(elements) > 1 or not (elements == ad_gradient(network)).all()
     assert matter >= 0.4 * len(networks)
 

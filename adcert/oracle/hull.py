@@ -7,15 +7,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
-from math import lcm
+from math import gcd, lcm
 from typing import Any
 
+import flint
 import highspy
 import numpy as np
 
-PRIME = 2**31 - 1
-
-Array = np.ndarray[Any, Any]
+from .program import PRIME, Array
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,9 @@ class Hull:
     separator: tuple[int, ...] | None = None
 
 
-_SOLVER = highspy.Highs()
-for _option, _value in {"output_flag": False, "threads": 1, "presolve": "off", "solver": "simplex"}.items():
+_OPTIONS: dict[str, bool | int | str] = {"output_flag": False, "threads": 1, "presolve": "off", "solver": "simplex"}
+_SOLVER = highspy.Highs()  # type: ignore[no-untyped-call]
+for _option, _value in _OPTIONS.items():
     _SOLVER.setOptionValue(_option, _value)
 
 
@@ -53,15 +53,15 @@ def alternative(rows: Array) -> Alternative:
     rows = np.asarray(rows)
     if len(rows) == 0:
         return Alternative(direction=(0,) * rows.shape[1])
-    zero = np.flatnonzero(~rows.any(axis=1))
+    zero = np.flatnonzero(~(rows != 0).any(axis=1))
     if len(zero):
         return Alternative(weights={int(zero[0]): 1})
     for sign in (1, -1):
         column = np.flatnonzero((sign * rows > 0).all(axis=0))
         if len(column):
-            direction = [0] * rows.shape[1]
-            direction[int(column[0])] = sign
-            return Alternative(direction=tuple(direction))
+            axis = [0] * rows.shape[1]
+            axis[int(column[0])] = sign
+            return Alternative(direction=tuple(axis))
     solution = _solve(rows)
     if solution is None:
         return Alternative()
@@ -113,27 +113,13 @@ def _by_subset(rows: Array, first: int = 80, step: int = 40) -> Alternative:
 def _solve(rows: Array) -> tuple[Array, Array] | None:
     """maximise c subject to (a_k / |a_k|_1) h >= c, |h| <= 1, 0 <= c <= 1: optimal h and row duals."""
     count, width = rows.shape
-    scaled = rows / np.abs(rows).sum(axis=1, keepdims=True)
+    sizes = np.abs(rows).sum(axis=1).astype(np.float64)
+    scaled = rows.astype(np.float64) / sizes[:, None]
     table = np.concatenate([scaled, -np.ones((count, 1))], axis=1)
-    lp = highspy.HighsLp()
-    lp.num_col_, lp.num_row_ = width + 1, count
-    lp.sense_ = highspy.ObjSense.kMaximize
-    lp.col_cost_ = np.eye(width + 1)[width]
-    lp.col_lower_ = np.append(np.full(width, -1.0), 0.0)
-    lp.col_upper_ = np.ones(width + 1)
-    lp.row_lower_, lp.row_upper_ = np.zeros(count), np.full(count, np.inf)
-    lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
-    lp.a_matrix_.start_ = np.arange(count + 1, dtype=np.int32) * (width + 1)
-    lp.a_matrix_.index_ = np.tile(np.arange(width + 1, dtype=np.int32), count)
-    lp.a_matrix_.value_ = table.ravel()
-    if _SOLVER.passModel(lp) != highspy.HighsStatus.kOk:
-        return None
-    _SOLVER.run()
-    if _SOLVER.getModelStatus() != highspy.HighsModelStatus.kOptimal:
-        return None
-    solution = _SOLVER.getSolution()
-    duals = np.abs(np.array(solution.row_dual)) / np.abs(rows).sum(axis=1)
-    return np.array(solution.col_value)[:width], duals
+    columns = np.append(np.full(width, -1.0), 0.0), np.ones(width + 1)
+    bounds = np.zeros(count), np.full(count, np.inf)
+    found = _run(table, np.eye(width + 1)[width], columns, bounds, highspy.ObjSense.kMaximize)
+    return None if found is None else (found[0][:width], np.abs(found[1]) / sizes)
 
 
 def _round_direction(rows: Array, h: Array) -> tuple[int, ...] | None:
@@ -195,8 +181,79 @@ def null_vector(rows: Array) -> list[int] | None:
     scale = lcm(*(x.denominator for x in ratios))
     answer = [int(x * scale) for x in ratios]
     if any(np.array(answer, dtype=object) @ rows.astype(object)):
-        return None
+        return _large_null_vector(rows)
     return [-x for x in answer] if next(x for x in answer if x) < 0 else answer
+
+
+def _large_null_vector(rows: Array) -> list[int] | None:
+    """The same without a bound on y, by fraction-free elimination."""
+    space, dimension = flint.fmpz_mat([[int(x) for x in column] for column in rows.T]).nullspace()
+    if dimension != 1:
+        return None
+    answer = [int(space[k, 0]) for k in range(len(rows))]
+    divisor = gcd(*answer)
+    first = next(x for x in answer if x)
+    return [x // (divisor if first > 0 else -divisor) for x in answer]
+
+
+def near_hull(elements: Array, g: Array, tolerance: Fraction) -> Hull:
+    """Is a point within ``tolerance`` of g, in the max norm, in the convex hull of the elements? Rational [m, P], [P].
+
+    ``weights`` make such a point; ``separator`` h has <h, e> > <h, g> + tolerance |h|_1 for every element e. Both are
+    checked in rational arithmetic.
+
+    >>> thirds = np.array([[Fraction(1, 3)], [Fraction(2, 3)]], dtype=object)
+    >>> near_hull(thirds, np.array([Fraction(0.3333)]), Fraction(1, 1000)).member
+    True
+    """
+    count, width = elements.shape
+    table = np.zeros((2 * width + 1, count + 1))
+    elements, g = elements.astype(object), g.astype(object)
+    offsets = (elements - g).astype(np.float64).T
+    size = max(float(np.abs(offsets).max(initial=0.0)), 1e-300)
+    table[:width, :count], table[width : 2 * width, :count] = offsets / size, -offsets / size
+    table[: 2 * width, count], table[2 * width, :count] = -1.0, 1.0
+    lower, upper = np.full(2 * width + 1, -np.inf), np.zeros(2 * width + 1)
+    lower[-1] = upper[-1] = 1.0
+    found = _run(table, np.eye(count + 1)[count], (0.0, np.inf), (lower, upper), highspy.ObjSense.kMinimize)
+    if found is None:
+        return Hull(None)
+    shares = [max(Fraction(float(x)), Fraction(0)) for x in found[0][:count]]
+    shares = [x / sum(shares) for x in shares]
+    off = sum((x * e for x, e in zip(shares, elements, strict=True) if x), start=-1 * g.astype(object))
+    if all(abs(x) <= tolerance for x in off):
+        return Hull(True, weights={k: x for k, x in enumerate(shares) if x})
+    duals = found[1][:width] - found[1][width : 2 * width]
+    for sign in (1, -1):
+        h = np.array([sign * round(float(x) * 2**45) for x in duals], dtype=object)
+        room = tolerance * sum(map(abs, h))
+        if all(h @ (e - g) > room for e in elements):
+            return Hull(False, separator=tuple(h))
+    return Hull(None)
+
+
+def _run(
+    table: Array, cost: Array, columns: tuple[float | Array, float | Array], bounds: tuple[Array, Array], sense: Any
+) -> tuple[Array, Array] | None:
+    """Optimal values and row duals of a linear program; None unless HiGHS says that they are optimal."""
+    count, width = table.shape
+    lp = highspy.HighsLp()
+    lp.num_col_, lp.num_row_ = width, count
+    lp.sense_ = sense
+    lp.col_cost_ = cost
+    lp.col_lower_, lp.col_upper_ = (np.broadcast_to(np.asarray(x, dtype=np.float64), (width,)).copy() for x in columns)
+    lp.row_lower_, lp.row_upper_ = bounds
+    lp.a_matrix_.format_ = highspy.MatrixFormat.kRowwise
+    lp.a_matrix_.start_ = np.arange(count + 1, dtype=np.int32) * width
+    lp.a_matrix_.index_ = np.tile(np.arange(width, dtype=np.int32), count)
+    lp.a_matrix_.value_ = table.ravel()
+    if _SOLVER.passModel(lp) != highspy.HighsStatus.kOk:
+        return None
+    _SOLVER.run()
+    if _SOLVER.getModelStatus() != highspy.HighsModelStatus.kOptimal:
+        return None
+    solution = _SOLVER.getSolution()
+    return np.array(solution.col_value), np.array(solution.row_dual)
 
 
 def _reconstruct(residue: int) -> Fraction:
