@@ -23,21 +23,38 @@ from torch import Tensor
 
 from adcert._load import cuda_problem, load
 from adcert.errors import BuildError
-from adcert.reference import DTYPES, STAGE_INTS, Pair, PoolResult, ReluResult, Resolved, TouchResult, pair
+from adcert.reference import (
+    ACTIVATIONS,
+    DTYPES,
+    STAGE_INTS,
+    ActivationResult,
+    Pair,
+    PoolResult,
+    ReluResult,
+    Resolved,
+    TouchResult,
+    kinks,
+    pair,
+)
 
 __all__ = [
+    "ACTIVATIONS",
     "DTYPES",
     "STAGE_INTS",
+    "ActivationResult",
     "Pair",
     "PoolResult",
     "ReluResult",
     "Resolved",
     "TouchResult",
+    "activation",
     "conv_patches",
     "distinct_rows",
+    "kinks",
     "max_pool2d",
     "opposite_rows",
     "pool_indices",
+    "prelu",
     "relu",
     "resolve_ties",
     "touches",
@@ -48,6 +65,8 @@ _OPS = torch.ops.adcert
 _ROOM = 4096  # entries of a list on a GPU, unless more are known to be needed
 _NAMES = (
     "relu",
+    "activation",
+    "prelu",
     "touches",
     "max_pool2d",
     "max_pool2d_backward",
@@ -111,24 +130,154 @@ def _relu_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | No
 
 torch.library.register_autograd("adcert::relu", _relu_backward, setup_context=_relu_save)
 
+# activation ------------------------------------------------------------------------------------------------
+
+_KINDS = tuple(ACTIVATIONS)
+
+
+def activation(
+    x: Tensor, kind: str, parameters: Sequence[float] = (), capacity: int | None = None
+) -> ActivationResult:
+    """A kinked activation and its touches in one pass: bitwise torch's function, with torch's gradient.
+
+    A unit touches a kink if it equals it once the kink is rounded to the dtype of ``x``. torch does not always round
+    what it compares with: then such a unit is next to torch's kink, and its derivative may be that of either side.
+
+    Args:
+        x: any shape and strides; float32, float64, bfloat16 or float16.
+        kind: one of :data:`adcert.reference.ACTIVATIONS`; ReLU6 is ``hardtanh`` with 0 and 6.
+        parameters: as listed there, none of them NaN, limits ascending.
+        capacity: room of the list, in entries; see the module.
+
+    Returns:
+        ``output`` (differentiable), ``touches`` and ``counts``: see :class:`adcert.reference.ActivationResult`.
+
+    Raises:
+        RuntimeError: another dtype, or parameters that do not fit.
+        ValueError: another kind.
+
+    >>> activation(torch.tensor([-1.0, 0.0, 3.0, 6.0]), "hardtanh", (0.0, 6.0)).touches
+    tensor([2, 7])
+    """
+    if kind not in ACTIVATIONS:
+        raise ValueError(f"activation: expected one of {', '.join(ACTIVATIONS)}, got {kind!r}")
+    number, numbers = _KINDS.index(kind), [float(p) for p in parameters]
+    return _listed(lambda room: ActivationResult(*_OPS.activation(x, number, numbers, room)), x, capacity)
+
+
+def _activation_fake(
+    x: Tensor, kind: int, parameters: Sequence[float], capacity: int = -1
+) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), _list(x, capacity), _counts(x)
+
+
+torch.library.register_fake("adcert::activation", _activation_fake)
+
+
+def _activation_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(inputs[0])
+    ctx.kind, ctx.parameters = _KINDS[inputs[1]], inputs[2]
+
+
+def _activation_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 4
+    return _DERIVATIVES[ctx.kind](grad, ctx.saved_tensors[0], *ctx.parameters), None, None, None
+
+
+def _clamp_backward(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    return torch.where((x >= low) & (x <= high), grad, torch.zeros((), dtype=grad.dtype, device=grad.device))
+
+
+_ATEN = torch.ops.aten
+# What torch's own backward does, by the same operators.
+_DERIVATIVES: dict[str, Callable[..., Tensor]] = {
+    "hardtanh": _ATEN.hardtanh_backward,
+    "leaky_relu": lambda grad, x, slope: _ATEN.leaky_relu_backward(grad, x, slope, False),
+    "hardsigmoid": _ATEN.hardsigmoid_backward,
+    "hardswish": _ATEN.hardswish_backward,
+    "threshold": _ATEN.threshold_backward,
+    "clamp": _clamp_backward,
+    "abs": lambda grad, x: grad * x.sgn(),
+}
+
+torch.library.register_autograd("adcert::activation", _activation_backward, setup_context=_activation_save)
+
+# prelu -----------------------------------------------------------------------------------------------------
+
+
+def prelu(x: Tensor, weight: Tensor, capacity: int | None = None) -> ActivationResult:
+    """``F.prelu(x, weight)`` and its touches in one pass, with the gradients of both.
+
+    Under autocast it runs in autocast's dtype, as torch's does: touches are those of ``x`` in that dtype.
+
+    Args:
+        x: any shape and strides; float32, float64, bfloat16 or float16.
+        weight: one slope, or one for each channel (axis 1); of the dtype of ``x``.
+        capacity: room of the list, in entries; see the module.
+
+    >>> result = prelu(torch.tensor([[-1.0, 0.0], [2.0, -4.0]]), torch.tensor([0.5, 0.25]))
+    >>> result.output.tolist(), result.touches.tolist()
+    ([[-0.5, 0.0], [2.0, -1.0]], [1])
+    """
+    device = x.device.type
+    if torch.is_autocast_enabled(device):
+        narrow = torch.get_autocast_dtype(device)
+        x, weight = (t.to(narrow) if t.dtype != torch.float64 else t for t in (x, weight))
+    return _listed(lambda room: ActivationResult(*_OPS.prelu(x, weight, room)), x, capacity)
+
+
+def _prelu_fake(x: Tensor, weight: Tensor, capacity: int = -1) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), _list(x, capacity), _counts(x)
+
+
+torch.library.register_fake("adcert::prelu", _prelu_fake)
+
+
+def _prelu_save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*inputs[:2])
+
+
+def _prelu_backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 3
+    x, weight = ctx.saved_tensors
+    axes = (-1, *(1,) * (x.dim() - 2)) if x.dim() > 1 else (-1,) * x.dim()  # as torch lays the weight over x
+    view = weight.reshape(axes)
+    into_x, into_weight = _ATEN._prelu_kernel_backward(grad, x, view)
+    return into_x, into_weight.sum_to_size(view.shape).reshape(weight.shape), None
+
+
+torch.library.register_autograd("adcert::prelu", _prelu_backward, setup_context=_prelu_save)
+
 # touches ---------------------------------------------------------------------------------------------------
 
 
-def touches(x: Tensor, kink: float = 0.0, capacity: int | None = None) -> TouchResult:
-    """The entries of ``x`` that equal ``kink`` (rounded to the dtype of ``x``), by a pass that only reads.
+def touches(x: Tensor, kinks: float | Sequence[float] = 0.0, capacity: int | None = None) -> TouchResult:
+    """The entries of ``x`` that equal one of one or two kinks, by a pass that only reads.
 
     Not differentiable; meant for kinked functions that run in place, or are not ours.
 
+    Args:
+        x: any shape and strides; float32, float64, bfloat16 or float16.
+        kinks: ascending; rounded to the dtype of ``x``. With two of them the entries are ``2 * unit + k``.
+        capacity: room of the list, in entries; see the module.
+
     Raises:
-        RuntimeError: another dtype than float32, float64, bfloat16, float16, or a NaN kink.
+        RuntimeError: another dtype, a NaN kink, more than two.
 
-    >>> touches(torch.tensor([6.0, 5.0, 6.0]), kink=6.0).touches
+    >>> touches(torch.tensor([6.0, 5.0, 6.0]), 6.0).touches
     tensor([0, 2])
+    >>> touches(torch.tensor([6.0, 0.0, 6.0]), (0.0, 6.0)).touches
+    tensor([1, 2, 5])
     """
-    return _listed(lambda room: TouchResult(*_OPS.touches(x.detach(), kink, room)), x, capacity)
+    at = [float(kinks)] if isinstance(kinks, (int, float)) else [float(kink) for kink in kinks]
+    return _listed(lambda room: TouchResult(*_OPS.touches(x.detach(), at, room)), x, capacity)
 
 
-def _touches_fake(x: Tensor, kink: float = 0.0, capacity: int = -1) -> tuple[Tensor, Tensor]:
+def _touches_fake(x: Tensor, kinks: Sequence[float], capacity: int = -1) -> tuple[Tensor, Tensor]:
     return _list(x, capacity), _counts(x)
 
 
@@ -431,7 +580,7 @@ torch.library.register_fake("adcert::opposite_rows", lambda plus, minus, group: 
 # helpers ---------------------------------------------------------------------------------------------------
 
 
-Result = TypeVar("Result", ReluResult, TouchResult, PoolResult)
+Result = TypeVar("Result", ReluResult, ActivationResult, TouchResult, PoolResult)
 
 
 def _listed(call: Callable[[int], Result], x: Tensor, capacity: int | None) -> Result:

@@ -7,10 +7,12 @@ device.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 #: An ``int`` or a pair ``(height, width)``.
@@ -33,8 +35,23 @@ class ReluResult(NamedTuple):
     counts: Tensor
 
 
+class ActivationResult(NamedTuple):
+    """What :func:`activation` and :func:`prelu` return.
+
+    Attributes:
+        output: torch's own, in shape, dtype, strides and bits.
+        touches: int64 ``[M]``, ascending; ``K * unit + k`` for each unit (flat index, row-major in ``x.shape``) that
+            equals the k-th of K kinks, rounded to the dtype of ``x``.
+        counts: int64 ``[3]``: tied windows (0), touches, NaN or infinite entries of ``x``.
+    """
+
+    output: Tensor
+    touches: Tensor
+    counts: Tensor
+
+
 class TouchResult(NamedTuple):
-    """What :func:`touches` returns; see :class:`ReluResult`."""
+    """What :func:`touches` returns; see :class:`ActivationResult`."""
 
     touches: Tensor
     counts: Tensor
@@ -115,15 +132,77 @@ def relu(x: Tensor) -> ReluResult:
     return ReluResult(torch.relu(x), found.touches, found.counts)
 
 
-def touches(x: Tensor, kink: float = 0.0) -> TouchResult:
-    """The entries of ``x`` that equal ``kink``, and how many are not finite.
+#: Kinked activations and the number of their parameters; their order numbers them in ``csrc/activation.h``.
+ACTIVATIONS = {
+    "hardtanh": 2,  # low, high
+    "leaky_relu": 1,  # slope below 0
+    "hardsigmoid": 0,
+    "hardswish": 0,
+    "threshold": 1,  # threshold and value in one: where they differ the function jumps
+    "clamp": 2,  # low, high; one of them may be infinite, and then is no kink
+    "abs": 0,
+}
 
-    >>> touches(torch.tensor([[6.0, 5.0], [6.0, 0.0]]), kink=6.0).touches
+
+def kinks(kind: str, parameters: Sequence[float] = ()) -> tuple[float, ...]:
+    """Where the derivative of an activation jumps, ascending.
+
+    >>> kinks("hardtanh", (0, 6)), kinks("clamp", (0, math.inf)), kinks("hardswish")
+    ((0.0, 6.0), (0.0,), (-3.0, 3.0))
+    """
+    numbers = tuple(map(float, parameters))
+    if kind in ("hardsigmoid", "hardswish"):
+        return -3.0, 3.0
+    if kind == "clamp":
+        return tuple(number for number in numbers if math.isfinite(number))
+    return numbers if kind in ("hardtanh", "threshold") else (0.0,)
+
+
+def activation(x: Tensor, kind: str, parameters: Sequence[float] = ()) -> ActivationResult:
+    """torch's own function of that name, with its touches.
+
+    >>> activation(torch.tensor([0.0, 3.0, 6.0]), "hardtanh", (0.0, 6.0)).touches
+    tensor([0, 5])
+    """
+    functions: dict[str, Callable[..., Tensor]] = {
+        "hardtanh": F.hardtanh,
+        "leaky_relu": F.leaky_relu,
+        "hardsigmoid": F.hardsigmoid,
+        "hardswish": F.hardswish,
+        "threshold": lambda x, at: F.threshold(x, at, at),
+        "clamp": _clamp,
+        "abs": torch.abs,
+    }
+    found = touches(x, kinks(kind, parameters))
+    return ActivationResult(functions[kind](x, *parameters), found.touches, found.counts)
+
+
+def _clamp(x: Tensor, low: float, high: float) -> Tensor:
+    return x.clamp(low if math.isfinite(low) else None, high if math.isfinite(high) else None)
+
+
+def prelu(x: Tensor, weight: Tensor) -> ActivationResult:
+    """``F.prelu`` with its touches.
+
+    >>> prelu(torch.tensor([-4.0, 0.0]), torch.tensor([0.25])).output
+    tensor([-1.,  0.])
+    """
+    found = touches(x)
+    return ActivationResult(F.prelu(x, weight), found.touches, found.counts)
+
+
+def touches(x: Tensor, kinks: float | Sequence[float] = 0.0) -> TouchResult:
+    """The entries of ``x`` that equal a kink, and how many are not finite.
+
+    >>> touches(torch.tensor([[6.0, 5.0], [6.0, 0.0]]), 6.0).touches
     tensor([0, 2])
+    >>> touches(torch.tensor([[6.0, 5.0], [6.0, 0.0]]), (0.0, 6.0)).touches
+    tensor([1, 5, 6])
     """
     _check_dtype(x, "touches")
     flat = x.detach().reshape(-1)
-    found = (flat == kink).nonzero().reshape(-1)
+    at = (kinks,) if isinstance(kinks, (int, float)) else kinks
+    found = torch.stack([flat == kink for kink in at], 1).reshape(-1).nonzero().reshape(-1)
     return TouchResult(found, _counts(0, len(found), (~flat.isfinite()).sum(), x))
 
 

@@ -120,6 +120,45 @@ def test_relu_in_place(benchmark: Any, dtype: torch.dtype) -> None:
     )
 
 
+ACTIVATIONS: dict[str, tuple[float, ...]] = {
+    "hardtanh": (0, 6),
+    "leaky_relu": (0.01,),
+    "hardsigmoid": (),
+    "hardswish": (),
+    "threshold": (0.1,),
+    "clamp": (-1, 1),
+    "abs": (),
+}
+
+
+@pytest.mark.parametrize("dtype", RELU_CASES)
+@pytest.mark.parametrize("kind", ACTIVATIONS)
+def test_activation_forward(benchmark: Any, kind: str, dtype: torch.dtype) -> None:
+    x, parameters = image(dtype, torch.contiguous_format), ACTIVATIONS[kind]
+    stock = getattr(F, kind, None) or getattr(torch, kind)
+    theirs = (*parameters, *parameters) if kind == "threshold" else parameters
+    compare(
+        benchmark,
+        f"{kind} forward {dtype}",
+        lambda: ops.activation(x, kind, parameters),
+        lambda: stock(x, *theirs),
+        2 * x.nbytes,
+    )
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", RELU_CASES)
+def test_prelu_forward(benchmark: Any, layout: str, dtype: torch.dtype) -> None:
+    x, weight = image(dtype, LAYOUTS[layout]), torch.rand(SHAPE[1]).to(dtype)
+    compare(
+        benchmark,
+        f"prelu forward {dtype} {layout}",
+        lambda: ops.prelu(x, weight),
+        lambda: F.prelu(x, weight),
+        2 * x.nbytes,
+    )
+
+
 def test_many_ties(benchmark: Any) -> None:
     x = image(torch.bfloat16, torch.contiguous_format).mul(8).round()
     result = ops.max_pool2d(x, 2, relu=True)

@@ -24,6 +24,15 @@ inline void check_floating(const Tensor& x, const char* op) {
       ": expected float32, float64, bfloat16 or float16, got scalar type ", static_cast<int>(t));
 }
 
+// One slope, or one for every channel of a tensor with channels.
+inline void check_slopes(const Tensor& x, const Tensor& weight) {
+  STD_TORCH_CHECK(weight.scalar_type() == x.scalar_type(), "prelu: expected a weight of the input's dtype");
+  STD_TORCH_CHECK(weight.device() == x.device(), "prelu: expected a weight on the input's device");
+  const int64_t count = weight.numel();
+  STD_TORCH_CHECK(weight.dim() <= 1 && (count == 1 || (x.dim() >= 2 && x.size(1) == count)),
+                  "prelu: expected a weight with one entry, or one for each channel of the input, got ", count);
+}
+
 // channels_last iff the strides look like it; torch's own rule (c10 is_channels_last_strides_2d), ambiguous is not.
 inline bool looks_channels_last(const Tensor& x) {
   if (x.dim() != 4 || x.numel() == 0) return false;

@@ -1,8 +1,12 @@
 // Every operator of adcert: the table of contents. Kernels are in <family>_cpu.cpp, meanings in adcert/ops.py.
 //
 //   relu                 max(x, 0); touches: flat indices with x == 0; counts: [3] of tied windows, touches, NaN and
-//   inf touches              the same without an output, for any kink max_pool2d           pooling of x, or of relu(x);
-//   offsets: in-window offset of the selected member; windows:
+//   inf activation           another kinked function (csrc/activation.h); touches: with K kinks, K * index + k where x
+//   equals
+//                        the k-th of them
+//   prelu                x where it is positive, else weight * x; touches as of relu
+//   touches              the same without an output, for one or two kinks
+//   max_pool2d           pooling of x, or of relu(x); offsets: in-window offset of the selected member; windows:
 //                        flat output indices with two or more maximisers; members: their bit sets; routes
 //                        (relu only, else empty): offsets where the gradient flows, KH * KW where ReLU stops it
 //   max_pool2d_backward  sends grad to the cells that routes (or offsets) name; batch of grad a multiple of theirs
@@ -21,7 +25,11 @@
 
 STABLE_TORCH_LIBRARY(ADCERT_LIBRARY, m) {
   m.def("relu(Tensor x, int capacity=-1) -> (Tensor output, Tensor touches, Tensor counts)");
-  m.def("touches(Tensor x, float kink=0.0, int capacity=-1) -> (Tensor touches, Tensor counts)");
+  m.def("touches(Tensor x, float[] kinks, int capacity=-1) -> (Tensor touches, Tensor counts)");
+  m.def(
+      "activation(Tensor x, int kind, float[] parameters, int capacity=-1) -> (Tensor output, Tensor touches, "
+      "Tensor counts)");
+  m.def("prelu(Tensor x, Tensor weight, int capacity=-1) -> (Tensor output, Tensor touches, Tensor counts)");
   m.def(
       "max_pool2d(Tensor x, int[2] kernel_size, int[2] stride, int[2] padding, int[2] dilation, bool ceil_mode, "
       "bool relu, int capacity=-1) -> (Tensor output, Tensor offsets, Tensor windows, Tensor members, Tensor touches, "

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import NamedTuple, TypeVar
 
 import torch
+from emulation.kernels import hardsigmoid, hardswish
 from torch import Tensor
 
-from adcert.reference import DTYPES
+from adcert.reference import ACTIVATIONS, DTYPES
 
 NAN, INF = float("nan"), float("inf")
 LAYOUTS = tuple(
@@ -124,6 +125,35 @@ def geometry(dice: Dice) -> Geometry:
         axes.append((kernel, dice.one_of([1, 2, 3, kernel, kernel + 1, dice.number(1, 25)]), padding, dilation))
     kernels, strides, paddings, dilations = map(list, zip(*axes, strict=True))
     return kernels, strides, paddings, dilations, dice.chance(0.4)
+
+
+def activation(dice: Dice) -> tuple[str, tuple[float, ...]]:
+    """A kind, or "prelu", and parameters: some round, to a neighbour or to zero, some are infinite."""
+    kind = dice.one_of([*ACTIVATIONS, "prelu"])
+    choices = [-2.0, -1.0, -0.7, -1e-30, -0.0, 0.0, 1e-30, 0.1, 1.0, 2.0, 6.0]
+    if kind == "clamp" and dice.chance(0.5):
+        return kind, dice.one_of([(dice.one_of(choices), INF), (-INF, dice.one_of(choices))])
+    return kind, tuple(sorted(dice.one_of(choices) for _ in range(ACTIVATIONS.get(kind, 0))))
+
+
+def slopes(dice: Dice, x: Tensor) -> Tensor:
+    channels = x.shape[1] if dice.chance(0.7) else 1
+    return dice.normal(channels).to(x.dtype) if dice.chance(0.8) else dice.integers(-1, 1, channels).to(x.dtype)
+
+
+def on_cuda(x: Tensor, kind: str, parameters: Sequence[float], output: Tensor) -> Tensor:
+    """An activation as torch computes it on CUDA, given the CPU's: some is rounded later, a sixth is a float32."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    if kind in ("hardtanh", "clamp"):
+        low, high = (torch.tensor(p, dtype=wide.dtype) for p in parameters)
+        raised = torch.where(wide < low, low, wide)
+        return torch.where(high < raised, high, raised).to(x.dtype)
+    if kind in ("hardsigmoid", "hardswish"):
+        return {"hardsigmoid": hardsigmoid, "hardswish": hardswish}[kind](x)
+    if kind == "threshold":
+        at = torch.tensor(parameters[0], dtype=wide.dtype).to(x.dtype)
+        return torch.where(x <= at, at, x)
+    return output
 
 
 class Pooling(NamedTuple):

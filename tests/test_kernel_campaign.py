@@ -106,19 +106,36 @@ def check_relu(kernels: Kernels, dice: Dice) -> set[str]:
     x = cases.images(dice, cases.dtype(dice), batch, channels, height, width)
     if dice.chance(0.2):
         x = x.flatten()[dice.number(0, 3) :]
-    capacity, kink = cases.capacity(dice), dice.one_of([0.0, 1.0, 2.0, INF, 0.1, -INF, 1e-8])
+    capacity, at = cases.capacity(dice), dice.one_of([[0.0], [1.0], [2.0], [INF], [0.1], [-1.0, 1.0], [-INF, 1e-8]])
     output, touches, counts = kernels("relu", x, capacity)
     expected = CPU.relu(x)
     assert_same(output, unsigned(expected[0]))
     assert_same(counts, expected[2])
     overflow = assert_lists(capacity, [touches], [expected[1]])
-    touches, counts = kernels("touches", x, kink, capacity)
-    kinks = CPU.touches(x, kink)
+    touches, counts = kernels("touches", x, at, capacity)
+    kinks = CPU.touches(x, at)
     assert_same(counts, kinks[1])
     overflow |= assert_lists(capacity, [touches], [kinks[0]])
     return _seen(
         overflow=overflow, touches=len(expected[1]), kinks=len(kinks[0]), nonfinite=counts[2], empty=not len(x)
     )
+
+
+def check_activation(kernels: Kernels, dice: Dice) -> set[str]:
+    shape = dice.number(0, 3), dice.number(1, 19), dice.number(1, 9), dice.number(1, 9)
+    x = cases.images(dice, cases.dtype(dice), *shape)
+    kind, parameters, capacity = *cases.activation(dice), cases.capacity(dice)
+    if kind == "prelu":
+        weight = cases.slopes(dice, x)
+        (output, touches, counts), expected = kernels("prelu", x, weight, capacity), CPU.prelu(x, weight)
+        assert_same(output, expected[0])
+    else:
+        arguments = x, tuple(ops.ACTIVATIONS).index(kind), list(parameters)
+        (output, touches, counts), expected = kernels("activation", *arguments, capacity), CPU.activation(*arguments)
+        assert_same(output, cases.on_cuda(x, kind, parameters, expected[0]))
+    assert_same(counts, expected[2])
+    overflow = assert_lists(capacity, [touches], [expected[1]])
+    return _seen(overflow=overflow, touches=len(expected[1]), nonfinite=counts[2], empty=not len(x)) | {kind}
 
 
 def check_pool(kernels: Kernels, dice: Dice) -> set[str]:
@@ -203,6 +220,7 @@ def _refusal(call: Callable[[], object]) -> str:
 Check = Callable[[Kernels, Dice], set[str]]
 FAMILIES: dict[str, tuple[Check, str]] = {
     "relu": (check_relu, "overflow touches kinks nonfinite empty"),
+    "activation": (check_activation, f"overflow touches nonfinite empty prelu {' '.join(ops.ACTIVATIONS)}"),
     "pool": (check_pool, "overflow ties touches nonfinite refused words int32 empty"),
     "rows": (check_rows, "repeats opposite bytes empty"),
     "patches": (check_patches, "patches off empty"),
@@ -235,7 +253,7 @@ def test_pinned_cases(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @pytest.mark.fuzz
-def test_twenty_thousand_new_cases(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_new_cases(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
     campaign(kernels, 4000, secrets.randbits(40), monkeypatch)
 
 

@@ -396,8 +396,8 @@ def test_relu_is_the_reference(place: Place, dtype: torch.dtype, layout: str) ->
         x = image(dtype, layout)
     for a, e in zip(ops.relu(place.to(x)), unsigned(reference.relu(x), place), strict=True):
         assert_same(a, e)
-    for kink in (0.0, -2.0, 0.1):
-        for a, e in zip(ops.touches(place.to(x), kink), reference.touches(x, kink), strict=True):
+    for kinks in (0.0, -2.0, 0.1, (-1.0, 1.0), (0.0, INF), (1.0, 1.0)):
+        for a, e in zip(ops.touches(place.to(x), kinks), reference.touches(x, kinks), strict=True):
             assert_same(a, e)
 
 
@@ -518,6 +518,9 @@ def test_in_place_on_the_output_keeps_the_gradient() -> None:
 # what PyTorch asks of an operator
 
 
+PARAMETERS = ([], [0.5], [-1.0, 2.0])
+
+
 def samples(name: str) -> Iterator[tuple[Any, ...]]:
     """Arguments of every operator, for opcheck."""
     for dtype, layout, grad in itertools.product(
@@ -528,7 +531,13 @@ def samples(name: str) -> Iterator[tuple[Any, ...]]:
         if name == "relu":
             yield from ((x,), (x, 7))
         elif name == "touches":
-            yield from ((x.detach(), 1.0), (x.detach(), 1.0, 0))
+            yield from ((x.detach(), [1.0]), (x.detach(), [-1.0, 1.0], 0))
+        elif name == "activation":
+            yield from ((x, kind, PARAMETERS[count]) for kind, count in enumerate(reference.ACTIVATIONS.values()))
+            yield (x, 0, [0.0, 6.0], 7)
+        elif name == "prelu":
+            weight = torch.linspace(-0.5, 2, x.shape[1], dtype=dtype).requires_grad_(grad)
+            yield from ((x, weight), (x, weight[:1], 7))
         elif name == "max_pool2d":
             yield from ((x, *pairs, True, False), (x, *pairs, True, True, 5))
             yield (x, (2, 2), (2, 2), (0, 0), (1, 1), False, True)
@@ -561,7 +570,7 @@ def bulk_arguments(name: str, x: Tensor) -> tuple[Any, ...]:
     return pool.windows, pool.members, pool.offsets, axes, (*conv, *(0,) * ops.STAGE_INTS), [x]
 
 
-FORWARD = ("relu", "touches", "max_pool2d", "max_pool2d_backward", "max_pool2d_gather")
+FORWARD = ("relu", "activation", "prelu", "touches", "max_pool2d", "max_pool2d_backward", "max_pool2d_gather")
 OPERATORS = (*FORWARD, "resolve_ties", "conv_patches", "distinct_rows", "opposite_rows")
 
 

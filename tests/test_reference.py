@@ -21,7 +21,7 @@ def test_relu_touches_both_zeros() -> None:
 
 
 def test_kink_other_than_zero() -> None:
-    result = reference.touches(torch.tensor([6.0, 5.0, 6.0]), kink=6.0)
+    result = reference.touches(torch.tensor([6.0, 5.0, 6.0]), 6.0)
     assert result.touches.tolist() == [0, 2]
 
 

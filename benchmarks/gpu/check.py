@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from adcert import ops
-from adcert.reference import DTYPES
+from adcert import ops, reference
+from adcert.reference import ACTIVATIONS, DTYPES
 from gpu.capture import Arguments, call, captured, moved
 from gpu.session import Part
 
@@ -90,12 +90,13 @@ def same_record(ours: Any, theirs: Any, room: int, output: Tensor | None = None)
 
 
 def records(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: torch.device, rooms: Any) -> None:
-    """relu, touches, and max_pool2d with its two ways back."""
+    """relu, touches, the other activations, and max_pool2d with its two ways back."""
     host = image(shape, dtype, layout)
     x, here = placed(host, layout, device), placed(host, layout, torch.device("cpu"))
     for room in rooms:
         same_record(ops.relu(x, capacity=room), ops.relu(here), room, torch.relu(x))
         same_record(ops.touches(x, -1.0, capacity=room), ops.touches(here, -1.0), room)
+        activations(x, here, room)
     for geometry, relu in itertools.product((*GEOMETRIES, WIDE), (False, True)):
         span = [d * (k - 1) + 1 for k, d in zip(_pair(geometry[0]), _pair(geometry[3]), strict=True)]
         if any(s > size + 2 * p for s, size, p in zip(span, here.shape[2:], _pair(geometry[2]), strict=True)):
@@ -105,6 +106,18 @@ def records(shape: tuple[int, ...], dtype: torch.dtype, layout: str, device: tor
         for room in rooms:
             same_record(ops.max_pool2d(x, *geometry, relu=relu, capacity=room), expected, room, output)
         ways_back(x, here, geometry, relu)
+
+
+def activations(x: Tensor, here: Tensor, room: int) -> None:
+    """All kinds, with one parameter or two."""
+    for kind, count in ACTIVATIONS.items():
+        arguments = kind, (-1.0, 2.0)[:count]
+        output = reference.activation(x, *arguments).output
+        same_record(ops.activation(x, *arguments, capacity=room), ops.activation(here, *arguments), room, output)
+    weight = torch.linspace(-1, 2, here.shape[1]).to(here.dtype)
+    there = weight.to(x.device)
+    same_record(ops.prelu(x, there, capacity=room), ops.prelu(here, weight), room, F.prelu(x, there))
+    same_record(ops.touches(x, (-1.0, 2.0), capacity=room), ops.touches(here, (-1.0, 2.0)), room)
 
 
 def _pair(value: Any) -> tuple[int, int]:

@@ -59,7 +59,9 @@ class Device:
 
 
 _STAND_INS = {
-    name: getattr(host_kernels, name) for name in ("relu", "relu_", "cudnn_batch_norm", "cudnn_batch_norm_backward")
+    name: getattr(host_kernels, name)
+    for name in """relu relu_ hardsigmoid hardsigmoid_ hardswish hardswish_ cudnn_batch_norm
+    cudnn_batch_norm_backward""".split()
 }
 _active: Device | None = None
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-import adcert.ops  # noqa: F401  fills torch.ops.adcert
+from adcert.ops import ACTIVATIONS
 
 Kernel = Callable[..., Any]
 NAMES = tuple(
-    """relu touches max_pool2d max_pool2d_backward max_pool2d_gather resolve_ties conv_patches distinct_rows
-    opposite_rows""".split()
+    """relu activation prelu touches max_pool2d max_pool2d_backward max_pool2d_gather resolve_ties conv_patches
+    distinct_rows opposite_rows""".split()
 )
 
 
@@ -24,6 +24,31 @@ def relu(x: Tensor) -> Tensor:
 
 def relu_(x: Tensor) -> Tensor:
     return torch.relu_(x).add_(0)
+
+
+def _sixth(x: Tensor, factor: Callable[[Tensor], Tensor | float]) -> Tensor:
+    """A GPU multiplies with the float32 next to 1/6, whatever the dtype."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    gate = factor(wide) * (wide + 3).clamp(0, 6)
+    return (gate * float(torch.tensor(1 / 6, dtype=torch.float32))).to(x.dtype)
+
+
+def hardsigmoid(x: Tensor, *, out: Tensor | None = None) -> Tensor:
+    result = _sixth(x, lambda _: 1.0)
+    return result if out is None else out.resize_(x.shape).copy_(result)
+
+
+def hardswish(x: Tensor, *, out: Tensor | None = None) -> Tensor:
+    result = _sixth(x, lambda wide: wide)
+    return result if out is None else out.resize_(x.shape).copy_(result)
+
+
+def hardsigmoid_(x: Tensor) -> Tensor:
+    return x.copy_(hardsigmoid(x))
+
+
+def hardswish_(x: Tensor) -> Tensor:
+    return x.copy_(hardswish(x))
 
 
 def cudnn_batch_norm(
@@ -94,6 +119,13 @@ def _relu(*args: Any) -> tuple[Tensor, ...]:
     return output.add_(0), *seen
 
 
+def _activation(x: Tensor, kind: int, *args: Any) -> tuple[Tensor, ...]:
+    output, *seen = torch.ops.adcert.activation(x, kind, *args)
+    others = {"hardsigmoid": hardsigmoid, "hardswish": hardswish}
+    other = others.get(tuple(ACTIVATIONS)[kind])
+    return output if other is None else other(x), *seen
+
+
 def _max_pool2d(*args: Any) -> tuple[Tensor, ...]:
     output, *seen = torch.ops.adcert.max_pool2d(*args)
     return output.add_(0) if args[6] else output, *seen
@@ -104,6 +136,8 @@ def stand_ins() -> dict[str, Kernel]:
     ops = torch.ops.adcert
     return {name: getattr(ops, name) for name in NAMES} | {
         "relu": Recording(_relu, {1: 1}, 2, 1),
+        "activation": Recording(_activation, {1: 1}, 2, 3),
+        "prelu": Recording(ops.prelu, {1: 1}, 2, 2),
         "touches": Recording(ops.touches, {0: 1}, 1, 2),
         "max_pool2d": Recording(_max_pool2d, {2: 0, 3: 0, 4: 1}, 5, 7),
     }
