@@ -176,18 +176,23 @@ class Recorder:
             sides = rho.sides(x)
             if sides is None:
                 return run()
-            source = _edge_of(x)
-            touches, counts, room = self._touches(x, rho, self._begin(x, name))
-            seen = x.detach()
-            if inplace:
-                seen = seen.clone() if rho.derivative is not None else rho.code(seen)
-            output = run()
-            node = _node_from(output, source)
+            name = self._begin(x, name)
+            room = self.rooms.of(name, len(rho.kinks) * x.numel()) if x.is_cuda else None
+            if left is None and not inplace and rho.given is None and rho.name in ops.ACTIVATIONS:
+                output, touches, counts = ops.activation(x, rho.name, rho.arguments, room)
+                seen, node = x.detach(), output.grad_fn
+            else:
+                source, own = _edge_of(x), ops.touches(x, rho.kinks, room)
+                seen, touches, counts = x.detach(), own.touches, own.counts
+                if inplace:
+                    seen = seen.clone() if rho.derivative is not None else rho.code(seen)
+                output = run()
+                node = _node_from(output, source)
             if node is not None:
                 record = self._add(output, node, x.shape, rho, None, touches, counts, room)
-                own = left(node) if callable(left) else left
+                slopes = left(node) if callable(left) else left
                 record.seen, record.seen_version, record.sides = seen, seen._version, sides
-                record.left = None if own is None else own.detach()
+                record.left = None if slopes is None else slopes.detach()
             return output
 
     def chosen(self, x: Tensor, name: str, run: Callable[[], Any], choice: Callable[[Any], Choice]) -> Any:
@@ -236,19 +241,6 @@ class Recorder:
             self.witness.reads(x, name)
         self._name = self._unique(name)
         return self._name
-
-    def _touches(self, x: Tensor, rho: Activation, name: str) -> tuple[Tensor, Tensor, int | None]:
-        """The list ``K unit + k`` of all K kinks, the counts, and how much room the list had."""
-        kinks = rho.kinks
-        if len(kinks) == 1:
-            room = self.rooms.of(name, x.numel()) if x.is_cuda else None
-            seen = ops.touches(x, kinks[0], room)
-            return seen.touches, seen.counts, room
-        each = [ops.touches(x, kink) for kink in kinks]
-        found = torch.cat([len(kinks) * seen.touches + k for k, seen in enumerate(each)]).sort().values
-        counts = each[0].counts.clone()
-        counts[1] = found.numel()
-        return found, counts, None
 
     @contextlib.contextmanager
     def naming(self, module: object, default: str) -> Iterator[None]:

@@ -1,4 +1,4 @@
-"""Theorem E4's joint system: weight tying, recurrence, layers without parameters, second tries; by hand, then by oracle.
+"""Theorem E4's joint system: weight tying, recurrence, layers without parameters, second tries; by hand, by oracle.
 
 Rows below are gradients over all parameters of a difference that has to become positive; a touch of y is ``0 - y``.
 """
