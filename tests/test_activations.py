@@ -142,15 +142,17 @@ def test_discontinuous_activations_are_refused(module: nn.Module) -> None:
     assert type(model[1]) is nn.ReLU  # nothing was swapped
 
 
-def test_abs_is_undecided_where_it_is_touched_only() -> None:
+def test_abs_needs_a_choice_of_both_sides() -> None:
+    """|w| at 0: AD says 0, dC = [-1, 1]; |w| - relu(w) - relu(-w) is 0 there, and no sides are consistent."""
     w = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
     model = nn.ParameterList([w])
     assert certify(lambda: w.abs().sum(), model).verdict is Verdict.CERTIFIED
     with torch.no_grad():
         w[0] = 0
     touched = certify(lambda: w.abs().sum(), model)
-    assert touched.verdict is Verdict.UNDECIDED
-    assert "none of the two one-sided ones" in touched.reasons[0]
+    assert (touched.verdict, touched.claim) == (Verdict.CERTIFIED, "clarke")
+    mixed = certify(lambda: (w.abs() - torch.relu(w) - torch.relu(-w)).sum(), model)
+    assert mixed.verdict is not Verdict.CERTIFIED
 
 
 def test_prelu_slopes_take_part() -> None:

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import oracle
 import pytest
 import torch
 from networks import Network, random_network
@@ -21,7 +20,7 @@ from tied import KINDS, tied_network
 from torch import Tensor, nn
 
 import adcert
-from adcert import Certificate, Verdict, analysis, backward, certify, joint, layers
+from adcert import Certificate, Verdict, analysis, backward, certify, joint, layers, oracle
 from adcert.systems import System, solve
 
 CERTIFIED, UNCERTIFIED, UNDECIDED = Verdict.CERTIFIED, Verdict.UNCERTIFIED, Verdict.UNDECIDED
@@ -258,8 +257,8 @@ def test_pinned_networks_that_only_the_joint_system_certifies(seed: int) -> None
     certificate = certify(network.closure, adcert.convert(network.model))
     certificate.verify()
     assert (certificate.verdict, certificate.system) == (CERTIFIED, "joint")
-    assert oracle.replays(network, certificate.directions, certificate.scales).reproduces
-    assert oracle.judge(network).member is True
+    assert oracle.replays(network.closure, network.model, certificate.directions, certificate.scales).reproduces
+    assert oracle.judge(network.closure, network.model).member is True
 
 
 def test_both_empty_names_the_layer_and_says_so() -> None:
@@ -421,11 +420,12 @@ def test_tied_networks() -> None:
         network = tied_network(seed)
         certificate = certify(network.closure, adcert.convert(network.model))
         certificate.verify()
-        member = oracle.judge(network).member
+        member = oracle.judge(network.closure, network.model).member
         assert certificate.verdict is not UNDECIDED, f"network {seed}: {certificate.reasons}"
         if certificate.verdict is CERTIFIED:
             assert member is not False, f"network {seed}: a false certificate"
-            assert oracle.replays(network, certificate.directions, certificate.scales).reproduces, seed
+            witness = oracle.replays(network.closure, network.model, certificate.directions, certificate.scales)
+            assert witness.reproduces, seed
             assert certificate.replay(network.closure, network.model).converges, seed
             member = True
         counts[network.kind, certificate.verdict.value, member is True] += 1
