@@ -237,6 +237,7 @@ def _run(
 ) -> tuple[Array, Array] | None:
     """Optimal values and row duals of a linear program; None unless HiGHS says that they are optimal."""
     count, width = table.shape
+    table = np.where(np.abs(table) < 1e-9, 0.0, table)  # HiGHS warns of them; its answer is checked anyway
     lp = highspy.HighsLp()
     lp.num_col_, lp.num_row_ = width, count
     lp.sense_ = sense

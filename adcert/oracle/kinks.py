@@ -81,6 +81,7 @@ def sixth(graph: Graph, nodes: Array) -> Array:
 
 @rule("hardsigmoid")
 def hardsigmoid(call: Call) -> Array:
+    call.graph.eps = max(call.graph.eps, 2.0**-24)  # torch's backward multiplies by a sixth in single precision
     return sixth(call.graph, call.nodes("self"))
 
 
@@ -116,6 +117,15 @@ def threshold(call: Call) -> Array:
     if (values == limit).any():
         raise OracleError("threshold is not continuous where its input is the threshold")
     return np.where(values > limit, nodes, graph.number(value))
+
+
+@rule("sign sgn")
+def sign(call: Call) -> Array:
+    nodes = call.nodes("self")
+    values = call.graph.values[nodes]
+    if (values == 0).any():
+        raise OracleError("sign is not continuous at 0")
+    return call.graph.numbers(np.sign(values))
 
 
 @rule("abs")

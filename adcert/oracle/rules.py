@@ -100,7 +100,8 @@ _SCALARS = {"constant_pad_nd": "value", "masked_fill": "value", "index_fill": "v
     "select_scatter diagonal_scatter index_fill diag_embed upsample_nearest1d upsample_nearest2d upsample_nearest3d "
     "lift_fresh alias view_copy expand_copy permute_copy t_copy split_copy unbind_copy repeat_interleave rot90 "
     "scatter take_along_dim _unsafe_index _unsafe_view expand as_strided index_copy masked_scatter split "
-    "split_with_sizes unbind view reshape _reshape_copy _reshape_alias fill index_put"
+    "split_with_sizes unbind view reshape unsafe_split unsafe_split_with_sizes "
+    "unsafe_chunk _reshape_copy _reshape_alias fill index_put"
 )
 def move(call: Call) -> Array | list[Array | None]:
     scalar = _SCALARS.get(call.name.rstrip("_"))
@@ -315,6 +316,25 @@ def addmm(call: Call) -> Array:
 
 def _present(call: Call, *names: str) -> str:
     return next(name for name in names if name in call.arguments)
+
+
+@rule("_trilinear")
+def trilinear(call: Call) -> Array:
+    """Sums over some dimensions of the products of three tensors, with dimensions put in."""
+    parts = [np.expand_dims(call.nodes(f"i{k}"), tuple(call[f"expand{k}"])) for k in (1, 2, 3)]
+    graph = call.graph
+    table, _ = rows(graph.mul(graph.mul(parts[0], parts[1]), parts[2]), call["sumdim"])
+    return graph.total(table).reshape(call.shape)
+
+
+@rule("index_add")
+def index_add(call: Call) -> Array:
+    graph, dim = call.graph, call["dim"]
+    result = np.moveaxis(call.nodes("self").copy(), dim, 0)
+    source = np.moveaxis(_scaled(call, call.nodes("source"), call["alpha"]), dim, 0)
+    for place, part in zip(call["index"].tensor.reshape(-1).tolist(), source, strict=True):
+        result[place] = graph.add(result[place], part)
+    return np.moveaxis(result, 0, dim)
 
 
 @rule("linear")

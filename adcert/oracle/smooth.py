@@ -88,6 +88,12 @@ def silu(call: Call) -> Array:
     return call.graph.mul(call.nodes("self"), apply(call.graph, call.nodes("self"), "sigmoid"))
 
 
+@rule("glu")
+def glu(call: Call) -> Array:
+    first, gate = np.split(call.nodes("self"), 2, axis=call["dim"])
+    return call.graph.mul(first, apply(call.graph, gate, "sigmoid"))
+
+
 @rule("gelu")
 def gelu(call: Call) -> Array:
     graph, x = call.graph, call.nodes("self")

@@ -38,6 +38,7 @@ _BLIND = frozenset(
     "new_empty_strided bernoulli bernoulli_ uniform_ normal_ random_ zero_ fill_ is_same_size sym_size sym_numel "
     "sym_stride sym_storage_offset resize_ exponential_".split()
 )
+_TURNS = frozenset("transpose_ t_ squeeze_ unsqueeze_ swapdims_ swapaxes_ as_strided_".split())  # in place, views only
 _FILLS = frozenset(("zero_", "uniform_", "normal_", "random_", "exponential_"))
 
 Parameters = nn.Module | Mapping[str, Tensor] | Sequence[Tensor]
@@ -164,7 +165,7 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 for tensor in written:
                     self._forget(tensor)
             return result
-        if name in ("_local_scalar_dense", "item", "equal"):
+        if name in _TURNS or name in ("_local_scalar_dense", "item", "equal"):
             return func(*args, **kwargs)
         return self._follow(func, name, args, kwargs, written)
 
@@ -178,9 +179,11 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _constant(self, func: Any, name: str, args: Any, kwargs: Any, written: list[Tensor]) -> Any:
         """An operation whose result is a constant: a copy of its own, if it would have been a view."""
-        if any(map(self.depends, written)):
-            raise OracleError(f"the oracle does not follow {name} on a computed value under no_grad")
+        changed = [t for t in written if self.depends(t)]
+        before = [t.detach().clone() for t in changed]
         result = func(*args, **kwargs)
+        if not all(torch.equal(t, old) for t, old in zip(changed, before, strict=True)):
+            raise OracleError(f"the oracle does not follow {name} on a computed value under no_grad")
         known = {t.untyped_storage()._cdata for t in _tensors((args, kwargs))}
         inplace = {t.untyped_storage()._cdata for t in written}
 
@@ -250,7 +253,8 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 value = args[k]
             else:
                 value = kwargs.get(declared.name, declared.default_value)
-            named[declared.name] = tree_map(argument, value)
+            if declared.name != "noise":  # of rrelu: not initialised yet
+                named[declared.name] = tree_map(argument, value)
         return named
 
     def settle(self, nodes: Array, tensor: Tensor, name: str) -> Array:
