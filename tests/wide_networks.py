@@ -109,7 +109,7 @@ def wide_network(seed: int) -> WideNetwork:
     3; two times in three every later sample is the negation or mirror image of the first, and then mostly its loss
     weights are minus those of the first. Half of the layers with a bias before an activation have that bias moved so
     that one unit of a channel lies exactly on a kink. One layer in four has equal weight rows; one in four, and most
-    first ones, a zero row. Networks of more than 48 parameters are drawn again from the same stream; so is, some times,
+    first ones, a zero row; but not the last. Networks of more than 48 parameters are drawn again from the same stream; so is, some times,
     one whose gradient vanishes at w and at a generic point near it, and always one that misses a kink or a tie by
     rounding alone.
 
@@ -198,7 +198,7 @@ def fill(source: Source, model: nn.Module) -> None:
             if isinstance(module, nn.modules.batchnorm._BatchNorm):
                 module.running_mean.copy_(source.table(BIASES, module.running_mean.shape))
                 module.running_var.copy_(source.table(VARIANCES, module.running_var.shape))
-        for module in layers:
+        for module in layers[:-1]:
             _quirk(source, module, module is layers[0])
 
 
