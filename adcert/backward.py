@@ -19,11 +19,13 @@ import torch
 
 from .balls import Ball
 from .differences import Differences
-from .layers import Graph, kind_of, shape_of
+from .layers import ACCUMULATE, Graph, kind_of, shape_of
+from .movement import signed
 from .normalization import BATCH_NORM
 from .records import Node
+from .rules import NUMBERED, RULES
 from .slices import Slices, concatenate, padded, reduced, seeds, through_record, through_slopes
-from .vjp import RULES, Unsupported
+from .vjp import Sink, Unsupported
 
 BUDGET = 256 << 20  # bytes a batch of rows may take
 
@@ -79,8 +81,32 @@ def _bytes_per_row(graph: Graph, edge: tuple[Node, int]) -> int:
     return 16 * (total + 8 * largest)
 
 
+_SPLITTING = frozenset(f"{name}Backward" for name in "View UnsafeView ReshapeAlias Mm Addmm".split())
+_MIXING = frozenset(f"{name}Backward" for name in "Permute Transpose Flip Roll Cat Index".split())
+
+
 def _couples(node: Node) -> bool:
-    return kind_of(node) in BATCH_NORM and bool(node._saved_training)
+    """Rows spread over samples here: statistics of the batch, or a first dimension that is another one above."""
+    kind = kind_of(node)
+    if kind in BATCH_NORM:
+        return bool(node._saved_training)
+    for source, number in node.next_functions:
+        if source is None or source.name() == ACCUMULATE:
+            continue
+        first, above = (padded(shape)[0] for shape in (shape_of(node, 0), shape_of(source, number)))
+        if kind in _SPLITTING:
+            if first and above and first % above and above % first:
+                return True
+        elif first != above or (kind in _MIXING and _moves_samples(node)):
+            return True
+    return False
+
+
+def _moves_samples(node: Node) -> bool:
+    kind, rank = kind_of(node), len(shape_of(node, 0))
+    if kind == "TransposeBackward":
+        return 0 in (signed(node._saved_dim0) % rank, signed(node._saved_dim1) % rank)
+    return kind != "PermuteBackward" or signed(node._saved_dims[0]) % rank != 0
 
 
 class Pass:
@@ -138,21 +164,23 @@ class Pass:
                 radius[g.row, g.sample] = g.data.radius
             self.add_leaf(leaf, Ball(full.flatten(1), radius.flatten(1) if g.data.radius is not None else None))
         else:
-            rule = RULES.get(kind_of(node))
-            if rule is None or number != 0:
+            kind = kind_of(node)
+            numbered, rule = NUMBERED.get(kind), RULES.get(kind)
+            if numbered is not None:
+                numbered(self, node, number, g)
+            elif rule is None or number != 0:
                 raise Unsupported(node.name())
-            rule(self, node, g)
+            else:
+                rule(self, node, g)
 
     def add_leaf(self, leaf: str, gradient: Ball) -> None:
         """``gradient``: [count, numel]."""
         known = self.leaves.get(leaf)
         self.leaves[leaf] = gradient if known is None else known + gradient
 
-    def weight(self, edge: tuple[Node, int], node: Node) -> str | None:
-        """Leaf behind a weight's edge; None if frozen; Unsupported if it is computed."""
+    def sink(self, edge: tuple[Node, int]) -> Sink | None:
+        """Where a weight's gradient goes: its leaf, or the edge of what it was computed from; None if frozen."""
         if edge[0] is None:
             return None
         leaf = self.graph.leaf(edge[0])
-        if leaf is None:
-            raise Unsupported(f"{node.name()} with a computed weight ({edge[0].name()})")
-        return leaf
+        return edge if leaf is None else leaf

@@ -73,6 +73,18 @@ class Ball:
         rounding = total * gamma(terms)
         return Ball(value, (rounding if inherited is None else rounding + inherited) * SLACK)
 
+    def divided(self, count: int) -> Ball:
+        """By a positive integer; exact for a power of two."""
+        value = self.value / count
+        if count & (count - 1) == 0 and _least(self.value) > 1e-280:
+            return Ball(value, None if self.radius is None else self.radius / count * SLACK)
+        rounding = value.abs() * UNIT + (self.value != 0).to(torch.float64) * TINY
+        return Ball(value, (rounding if self.radius is None else self.radius / count + rounding) * SLACK)
+
+    def where(self, keep: Tensor) -> Ball:
+        """The entries to keep, exact zeros elsewhere."""
+        return self.map(lambda t: torch.where(keep, t, 0.0))
+
     def nonzero(self) -> Tensor:
         """bool: certainly not zero."""
         return self.value.abs() > (0.0 if self.radius is None else self.radius)
@@ -210,3 +222,39 @@ def _least(x: Tensor) -> float:
     if x.numel() == 0:
         return math.inf
     return float(x.abs().masked_fill(x == 0, math.inf).min())
+
+
+def matmul(a: Ball, b: Ball) -> Ball:
+    """``a @ b`` of two balls, over the last two dimensions."""
+    terms = a.value.shape[-1]
+    if b.radius is None:
+        return linear(torch.matmul, a, b.value, terms)
+    if a.radius is None:
+        return linear(lambda t, w: w @ t, b, a.value, terms)
+    size, other = a.value.abs(), b.value.abs()
+    spread = size * gamma(terms) + a.radius * (1 + gamma(terms))
+    radius = spread @ other + (size + a.radius) * (1 + gamma(terms)) @ b.radius
+    factors = [_least(size), _least(a.radius)], [_least(other), _least(b.radius)]
+    if min(factors[0]) * min(factors[1]) <= 1e-280:
+        radius = radius + TINY
+    return Ball(a.value @ b.value, radius * SLACK)
+
+
+def scattered(a: Ball, index: Tensor, size: int) -> Ball:
+    """[M, K] entries added up at the places ``index`` (int64 [K], -1 for nowhere) of [M, size]."""
+    known = torch.nonzero(index >= 0).flatten()
+    place = index[known]
+    terms = int(torch.bincount(place).max()) if len(place) else 1
+
+    def add(t: Tensor) -> Tensor:
+        return torch.zeros(len(t), size, dtype=torch.float64).index_add_(1, place, t[:, known])
+
+    value = add(a.value)
+    inherited = None if a.radius is None else add(a.radius)
+    if terms == 1:
+        return Ball(value, inherited)
+    total = add(a.value.abs())
+    if exact_sum(a.value, total):
+        return Ball(value, None if inherited is None else inherited * SLACK)
+    rounding = total * gamma(terms)
+    return Ball(value, (rounding if inherited is None else rounding + inherited) * SLACK)

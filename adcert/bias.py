@@ -14,7 +14,7 @@ from .differences import broadcast_index
 from .layers import Graph, kind_of, shape_of
 from .normalization import BATCH_NORM
 from .records import Node, OpRecord
-from .rows import SAME_UNITS
+from .rows import SAME_UNITS, alpha_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -95,7 +95,7 @@ def _search(graph: Graph, edge: tuple[Node, int], units: _Map, own: frozenset[st
     kind = kind_of(node)
     if kind in SAME_UNITS:
         return _search(graph, node.next_functions[0], units, own)
-    if kind == "AddBackward" and node._saved_alpha == 1:
+    if kind == "AddBackward" and alpha_of(node) == 1:
         return _search_sum(graph, edge, units, own)
     shape = shape_of(*edge)
     slot = {"ConvolutionBackward": 2, "AddmmBackward": 0, **dict.fromkeys(BATCH_NORM, 2)}.get(kind)

@@ -35,7 +35,9 @@ _ANALYTIC_WRITES = frozenset(
     getattr(Tensor, name)
     for name in """add_ sub_ subtract_ mul_ multiply_ neg_ negative_ copy_ zero_ fill_ masked_fill_ square_ exp_
     sin_ cos_ tanh_ sigmoid_ __iadd__ __isub__ __imul__""".split()
-) | {torch.dropout_, torch.feature_dropout_, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.silu}
+) | {torch.dropout_, torch.feature_dropout_, F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.silu} | {
+    F.pad  # circular padding copies into views
+}
 
 _DIVISIONS = frozenset({Tensor.div_, Tensor.divide_, Tensor.true_divide_, Tensor.__itruediv__})
 

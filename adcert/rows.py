@@ -20,14 +20,11 @@ from torch import Tensor
 from . import patches
 from .differences import Boundary, Differences, Expansion, Part, broadcast_index, unit_parts
 from .layers import Graph, kind_of, shape_of
+from .movement import MOVES, PARTS, SOURCES, readers, sources
 from .normalization import BATCH_NORM
 from .records import Node
-from .transfer import take, through
+from .transfer import take
 
-# Data movement: every output is at most one input.
-MOVES = frozenset(
-    f"{name}Backward" for name in "Permute Transpose T Slice Select Cat Stack ConstantPadNd Flip Roll".split()
-)
 # Views, copies and casts: the logical order of the units stays.
 SAME_UNITS = frozenset(
     [
@@ -127,7 +124,7 @@ def _neg(walk: Walk, node: Node, number: int, d: Differences, owner: Tensor, sca
 
 def _add(walk: Walk, node: Node, number: int, d: Differences, owner: Tensor, scaled: bool) -> bool:
     """Sums with weights +1 and -1, with broadcasting."""
-    if node._saved_alpha != 1:
+    if alpha_of(node) != 1:
         return False
     kind = kind_of(node)
     signs = {"AddBackward": (1, 1), "SubBackward": (1, -1), "RsubBackward": (-1, 1)}[kind]
@@ -140,29 +137,49 @@ def _add(walk: Walk, node: Node, number: int, d: Differences, owner: Tensor, sca
     return True
 
 
-def _expand_view(walk: Walk, node: Node, number: int, d: Differences, owner: Tensor, scaled: bool) -> bool:
-    out, edge = shape_of(node, number), node.next_functions[0]
-    shape = shape_of(*edge)
-    walk.push(
-        edge, Differences(broadcast_index(d.plus, out, shape), broadcast_index(d.minus, out, shape)), owner, scaled
-    )
+def _move(walk: Walk, node: Node, number: int, d: Differences, owner: Tensor, scaled: bool) -> bool:
+    """Every output is at most one input, and every input at most one output."""
+    size = math.prod(shape_of(node, number))
+    try:
+        tables = readers(node, number)
+    except ValueError:
+        return False
+    for edge, table in zip(node.next_functions, tables, strict=False):
+        if edge[0] is None or table is None:
+            continue
+        source = torch.full((size + 1,), -1)
+        moved = torch.nonzero(table >= 0).flatten()
+        source[table[moved]] = moved
+        if not torch.equal(source[table[moved]], moved):
+            return False  # a sum
+        walk.push(edge, Differences(source[d.plus], source[d.minus]), owner, scaled)
     return True
 
 
-def _move(walk: Walk, node: Node, number: int, d: Differences, owner: Tensor, scaled: bool) -> bool:
-    """Data movement: every output is at most one input. The node itself, fed with output numbers, tells which."""
-    shape = shape_of(node, number)
-    marks = torch.arange(1, math.prod(shape) + 1, dtype=torch.float64).reshape(shape)
-    for edge, marked in zip(node.next_functions, through(node, number, marks), strict=False):
-        if edge[0] is None or marked is None:
-            continue
-        flat = marked.reshape(-1)
-        source = torch.full((math.prod(shape) + 1,), -1)
-        hit = torch.nonzero(flat).flatten()
-        source[flat[hit].to(torch.int64)] = hit
-        plus = torch.where(d.plus >= 0, source[d.plus + 1], -1)
-        minus = torch.where(d.minus >= 0, source[d.minus + 1], -1)
-        walk.push(edge, Differences(plus, minus), owner, scaled)
+def _copy(walk: Walk, node: Node, number: int, d: Differences, owner: Tensor, scaled: bool) -> bool:
+    """Every output is one input, or a constant."""
+    try:
+        table = torch.cat([sources(node), torch.tensor([-1])])
+    except ValueError:
+        return False
+    walk.push(node.next_functions[0], Differences(table[d.plus], table[d.minus]), owner, scaled)
+    return True
+
+
+def _chosen(walk: Walk, node: Node, number: int, d: Differences, owner: Tensor, scaled: bool) -> bool:
+    """``where`` and ``masked_fill``: every output is one entry of one operand."""
+    fill = kind_of(node) == "MaskedFillBackward"
+    mask, out = node._saved_mask if fill else node._saved_condition, shape_of(node, number)
+    mask = mask.detach().expand(out)
+    first = [(index >= 0) & (take(mask, index.clamp(min=0)) != fill) for index in (d.plus, d.minus)]
+    for edge, own in zip(node.next_functions, (first, [~held for held in first]), strict=False):
+        if edge[0] is not None:
+            shape = shape_of(*edge)
+            plus, minus = (
+                broadcast_index(torch.where(held, index, -1), out, shape)
+                for held, index in zip(own, (d.plus, d.minus), strict=True)
+            )
+            walk.push(edge, Differences(plus, minus), owner, scaled)
     return True
 
 
@@ -183,13 +200,73 @@ def _batch_norm(walk: Walk, node: Node, number: int, d: Differences, owner: Tens
     return bool(torch.isfinite(gamma).all())
 
 
+def _group_norm(walk: Walk, node: Node, number: int, d: Differences, owner: Tensor, scaled: bool) -> bool:
+    """Equal inputs of one group, under the same scale and shift: all terms but the difference itself cancel."""
+    x, shape = node._saved_input.detach(), shape_of(node, number)
+    layer = kind_of(node) == "NativeLayerNormBackward"
+    inner = math.prod(shape[2:])
+    if layer:
+        group, place = math.prod(node._saved_normalized_shape), 1
+    else:
+        group, place = shape[1] * inner // int(node._saved_group), inner
+    plus, minus = d.plus.clamp(min=0), d.minus.clamp(min=0)
+    easy = (d.plus >= 0) & (d.minus >= 0) & (plus // group == minus // group) & (take(x, plus) == take(x, minus))
+    weight = node._saved_weight
+    affine = any(edge[0] is not None for edge in node.next_functions[1:])
+    if weight is not None or affine:
+        easy &= plus // place == minus // place  # one channel, or one entry
+    walk.result.hard[owner[~easy]] = True
+    d, owner, plus = d.select(easy), owner[easy], plus[easy]
+    gamma = torch.ones(len(d))
+    if weight is not None:
+        gamma = take(weight.detach(), plus % group if layer else plus // inner % shape[1])
+    walk.push(node.next_functions[0], d.select(gamma > 0), owner[gamma > 0], True)
+    walk.push(node.next_functions[0], d.swapped().select(gamma < 0), owner[gamma < 0], True)
+    return bool(torch.isfinite(gamma).all())
+
+
+def _constant_factor(walk: Walk, node: Node, number: int, d: Differences, owner: Tensor, scaled: bool) -> bool:
+    """A product with a constant: differences of units with one factor, and units alone, are scaled."""
+    slots = [slot for slot, edge in enumerate(node.next_functions) if edge[0] is not None]
+    if len(slots) != 1:
+        return False
+    factor, out = getattr(node, "_saved_self" if slots[0] else "_saved_other", None), shape_of(node, number)
+    if isinstance(factor, (int, float)):
+        factor = torch.full((), float(factor), dtype=torch.float64)
+    if factor is None or factor.is_complex():
+        return False
+    factor = factor.detach().expand(out)
+    values = [
+        torch.where(index >= 0, take(factor, index.clamp(min=0)).to(torch.float64), 0.0) for index in (d.plus, d.minus)
+    ]
+    plus, minus = (torch.where(value != 0, index, -1) for value, index in zip(values, (d.plus, d.minus), strict=True))
+    easy = (plus < 0) | (minus < 0) | (values[0] == values[1])
+    walk.result.hard[owner[~easy]] = True
+    sign = torch.where(plus >= 0, values[0], values[1])
+    edge = node.next_functions[slots[0]]
+    shape = shape_of(*edge)
+    moved = Differences(broadcast_index(plus, out, shape), broadcast_index(minus, out, shape))
+    for held, turned in ((easy & (sign > 0), moved), (easy & (sign < 0), moved.swapped())):
+        walk.push(edge, turned.select(held), owner[held], True)
+    return bool(torch.isfinite(sign).all())
+
+
+def alpha_of(node: Node) -> float:
+    """The factor of a sum's second term; sums with a number have none."""
+    return float(getattr(node, "_saved_alpha", 1.0))
+
+
 _Rule = Callable[[Walk, Node, int, Differences, Tensor, bool], bool]
 _RULES: dict[str, _Rule] = {
     **dict.fromkeys(SAME_UNITS, _same),
     **dict.fromkeys(["AddBackward", "SubBackward", "RsubBackward"], _add),
     **dict.fromkeys(MOVES, _move),
     "NegBackward": _neg,
-    "ExpandBackward": _expand_view,
+    **dict.fromkeys(PARTS, _move),
+    **dict.fromkeys(SOURCES, _copy),
+    **dict.fromkeys(["WhereBackward", "MaskedFillBackward"], _chosen),
+    **dict.fromkeys(["NativeGroupNormBackward", "NativeLayerNormBackward"], _group_norm),
+    "MulBackward": _constant_factor,
     **dict.fromkeys(BATCH_NORM, _batch_norm),
     "ConvolutionBackward": patches.convolution,
     "AddmmBackward": patches.linear,

@@ -142,20 +142,44 @@ def from_dense(ball: Ball, shape: tuple[int, ...]) -> Slices:
 
 
 def reshaped(count: int, g: Slices, shape: tuple[int, ...]) -> Slices:
-    """The same units seen in another shape; a changed first dimension is cut anew."""
+    """The same units seen in another shape; where the first dimension is split or merged, slices are, too."""
     if shape[0] == g.shape[0]:
         return Slices(g.row, g.sample, g.data.map(lambda t: t.reshape(len(t), *shape[1:])), shape)
+    if g.shape[0] and shape[0] % g.shape[0] == 0:  # every slice becomes a run of slices
+        run = shape[0] // g.shape[0]
+        row = g.row.repeat_interleave(run)
+        sample = (g.sample[:, None] * run + torch.arange(run)).flatten()
+        data = g.data.map(lambda t: t.reshape(len(sample), *shape[1:]))
+        keep = ~data.zero().reshape(len(sample), -1).all(1)
+        return Slices(row[keep], sample[keep], data.map(lambda t: t[keep]), shape)
+    if shape[0] and g.shape[0] % shape[0] == 0:
+        return _joined(g, shape)
     return from_dense(to_dense(count, g).map(lambda t: t.reshape(count, *shape)), shape)
+
+
+def _joined(g: Slices, shape: tuple[int, ...]) -> Slices:
+    run = g.shape[0] // shape[0]
+    keys, place = torch.unique(g.row * shape[0] + g.sample // run, return_inverse=True)
+
+    def fill(t: Tensor) -> Tensor:
+        full = torch.zeros(len(keys), run, *g.shape[1:], dtype=torch.float64)
+        full[place, g.sample % run] = t
+        return full.reshape(len(keys), *shape[1:])
+
+    return Slices(keys // shape[0], keys % shape[0], g.data.map(fill), shape)
 
 
 def reduced(count: int, g: Slices, shape: tuple[int, ...]) -> Slices:
     """Sum over the dimensions along which an operand of this shape was broadcast."""
     if shape == g.shape:
         return g
-    dense = to_dense(count, g)
-    extra = len(g.shape) - len(shape)
-    wide = (1,) * extra + shape
-    dims = tuple(1 + i for i, (a, b) in enumerate(zip(g.shape, wide, strict=True)) if a != b)
-    if dims:
-        dense = dense.sum(dims, keepdim=True)
+    wide = (1,) * (len(g.shape) - len(shape)) + shape
+    dims = tuple(i for i, (a, b) in enumerate(zip(g.shape, wide, strict=True)) if a != b)
+    inside = tuple(d for d in dims if d)  # the first dimension of the data counts slices
+    data = g.data.sum(inside, keepdim=True)
+    if wide == shape and 0 not in dims:
+        return Slices(g.row, g.sample, data, shape)
+    dense = to_dense(count, Slices(g.row, g.sample, data, (g.shape[0], *wide[1:])))
+    if 0 in dims:
+        dense = dense.sum((1,), keepdim=True)
     return from_dense(dense.map(lambda t: t.reshape(count, *shape)), shape)

@@ -38,7 +38,9 @@ def host(t: Tensor) -> Tensor:
 
 def through(node: Any, number: int, gradient: Tensor) -> tuple[Tensor | None, ...]:
     """What a node of the graph makes of the gradient of its output ``number``, computed where the node lives."""
-    found = node(gradient.to(node._input_metadata[number].device))
+    given: list[Tensor | None] = [None] * len(node._input_metadata)
+    given[number] = gradient.to(node._input_metadata[number].device)
+    found = node(*given)
     each = found if isinstance(found, (tuple, list)) else (found,)
     return tuple(None if t is None else t.cpu() for t in each)
 

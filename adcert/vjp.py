@@ -1,4 +1,7 @@
-"""Rules of the partial backward engine: the vector-Jacobian product of every supported operation, with error radii."""
+"""Rules of the partial backward engine: the vector-Jacobian product of every supported operation, with error radii.
+
+What the rules share is here, and the simplest of them; :mod:`adcert.rules` is the table of all.
+"""
 
 from __future__ import annotations
 
@@ -8,42 +11,106 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from . import balls, normalization
+from . import balls
 from .balls import Ball
 from .layers import kind_of, shape_of
 from .records import Node
-from .rows import MOVES
+from .rows import alpha_of
 from .slices import Slices, from_dense, padded, reduced, reshaped, to_dense
-from .transfer import host, pick, take, through
+from .transfer import pick, through
 
 if TYPE_CHECKING:
     from .backward import Pass
 
 BUDGET = 256 << 20  # bytes a chunk of unfolded patches may take
 
+Edge = tuple[Node, int]
+Sink = str | Edge  # where the gradient of a weight goes: a leaf, or what the weight was computed from
+Rule = Callable[["Pass", Node, Slices], None]
+NumberedRule = Callable[["Pass", Node, int, Slices], None]
+
 
 class Unsupported(Exception):
     """The partial backward pass met an operation without a registered error bound."""
 
 
-def _reshape(walk: Pass, node: Node, g: Slices) -> None:
-    edge = node.next_functions[0]
-    walk.send(edge, reshaped(walk.count, g, padded(shape_of(*edge))))
+# ---- what rules share ------------------------------------------------------------------------------------------
 
 
-def _moved(walk: Pass, node: Node, g: Slices) -> None:
-    """Data movement and sums of copies: the node itself maps float64 gradients, row by row, without rounding."""
-    _by_node(walk, node, g, rounds=False)
+def saved(node: Node, name: str) -> Any:
+    """What the node saved under this name, None where it has nothing of the kind."""
+    return getattr(node, f"_saved_{name}", None)
 
 
-def _positive(walk: Pass, node: Node, g: Slices) -> None:
-    """Linear maps with weights >= 0 (means, average pooling): the node itself, plus its own rounding."""
-    _by_node(walk, node, g, rounds=True)
+def needed(node: Node, name: str) -> Tensor:
+    """A tensor the node must have saved."""
+    value = saved(node, name)
+    if not isinstance(value, Tensor):
+        raise Unsupported(f"{node.name()} without what it needs ({name})")
+    return value.detach()
 
 
-def _by_node(walk: Pass, node: Node, g: Slices, rounds: bool) -> None:
+def rows_at(t: Tensor, sample: Tensor) -> Tensor:
+    """The slices of a tensor at these samples, on the host; a scalar counts as one sample."""
+    return pick(t.reshape(1) if t.dim() == 0 else t, sample)
+
+
+def by_sample(g: Slices, compute: Callable[[Tensor], Ball]) -> Ball:
+    """``compute`` of the distinct samples (int64 [U] -> [U, ...]), one entry for every slice of g."""
+    samples, index = torch.unique(g.sample, return_inverse=True)
+    return compute(samples).map(lambda t: t[index])
+
+
+def send(walk: Pass, edge: Edge, g: Slices, data: Ball) -> None:
+    """Data in place of g's, to an edge of the same first dimension."""
+    if edge[0] is not None:
+        walk.send(edge, Slices(g.row, g.sample, data, padded(shape_of(*edge))))
+
+
+def send_dense(walk: Pass, edge: Edge, data: Ball) -> None:
+    """[count, ...] to an edge."""
+    if edge[0] is not None:
+        shape = padded(shape_of(*edge))
+        walk.send(edge, from_dense(data.map(lambda t: t.reshape(walk.count, *shape)), shape))
+
+
+def send_reduced(walk: Pass, edge: Edge, g: Slices) -> None:
+    """To an operand that was broadcast to g's shape."""
+    if edge[0] is not None:
+        walk.send(edge, reduced(walk.count, g, padded(shape_of(*edge))))
+
+
+def add_rows(walk: Pass, sink: Sink, row: Tensor, data: Ball) -> None:
+    """Sum per-slice gradients [M, *shape of the weight] into [count, numel], for the weight's leaf or edge."""
+    flat = data.map(lambda t: t.reshape(len(row), -1))
+    order = torch.argsort(row, stable=True)
+    ranks = torch.arange(len(order)) - torch.searchsorted(row[order], row[order])
+    total: Ball | None = None
+    for rank in range(int(ranks.max()) + 1 if len(ranks) else 0):
+        picked = order[ranks == rank]
+
+        def fill(t: Tensor, picked: Tensor = picked) -> Tensor:
+            full = torch.zeros(walk.count, t.shape[1], dtype=torch.float64)
+            full[row[picked]] = t[picked]
+            return full
+
+        term = flat.map(fill)
+        total = term if total is None else total + term
+    if total is not None:
+        deliver(walk, sink, total)
+
+
+def deliver(walk: Pass, sink: Sink, total: Ball) -> None:
+    """[count, ...] to a weight."""
+    if isinstance(sink, str):
+        walk.add_leaf(sink, total.map(lambda t: t.reshape(walk.count, -1)))
+    else:
+        send_dense(walk, sink, total)
+
+
+def by_node(walk: Pass, node: Node, g: Slices) -> None:
+    """Linear maps with weights >= 0: the node itself maps float64 gradients, row by row, plus its own rounding."""
     dense = to_dense(walk.count, g)
     out = shape_of(node, 0)
 
@@ -54,19 +121,16 @@ def _by_node(walk: Pass, node: Node, g: Slices, rounds: bool) -> None:
             raise Unsupported(f"{node.name()}: {error}") from error
 
     values = [apply(row) for row in dense.value]
-    totals = [apply(row) for row in dense.value.abs()] if rounds else None
+    totals = [apply(row) for row in dense.value.abs()]
     radii = None if dense.radius is None else [apply(row) for row in dense.radius]
     for slot, edge in enumerate(node.next_functions):
         if edge[0] is None or values[0][slot] is None:
             continue
         value = torch.stack([_double(row[slot]) for row in values])
-        radius = None if radii is None else torch.stack([_double(row[slot]) for row in radii])
-        if totals is not None:
-            rounding = torch.stack([_double(row[slot]) for row in totals]) * balls.gamma(math.prod(padded(out)) + 8)
-            radius = rounding if radius is None else radius + rounding
-        shape = padded(shape_of(*edge))
-        ball = Ball(value, None if radius is None else radius * balls.SLACK)
-        walk.send(edge, from_dense(ball.map(lambda t, s=shape: t.reshape(walk.count, *s)), shape))  # type: ignore[misc]
+        radius = torch.stack([_double(row[slot]) for row in totals]) * balls.gamma(math.prod(padded(out)) + 8)
+        if radii is not None:
+            radius = radius + torch.stack([_double(row[slot]) for row in radii])
+        send_dense(walk, edge, Ball(value, radius * balls.SLACK))
 
 
 def _double(t: Tensor | None) -> Tensor:
@@ -75,33 +139,57 @@ def _double(t: Tensor | None) -> Tensor:
     return t
 
 
+# ---- sums, products, views -------------------------------------------------------------------------------------
+
+
+def _reshape(walk: Pass, node: Node, g: Slices) -> None:
+    edge = node.next_functions[0]
+    walk.send(edge, reshaped(walk.count, g, padded(shape_of(*edge))))
+
+
 def _cast(walk: Pass, node: Node, g: Slices) -> None:
     walk.send(node.next_functions[0], g)
 
 
+def times(g: Slices, factor: Ball) -> Slices:
+    """A factor [M, ...] that broadcasts against g's data."""
+    return Slices(g.row, g.sample, g.data * factor, g.shape)
+
+
+def scaled(g: Slices, factor: float) -> Slices:
+    """A number that is a float64 exactly."""
+    if factor == 1.0:
+        return g
+    if factor == -1.0:
+        return Slices(g.row, g.sample, -g.data, g.shape)
+    return times(g, Ball(torch.full((), factor, dtype=torch.float64)))
+
+
 def _sum_of(walk: Pass, node: Node, g: Slices) -> None:
-    if node._saved_alpha != 1:
-        raise Unsupported(f"{node.name()} with alpha {node._saved_alpha}")
-    signs = {"AddBackward": (1, 1), "SubBackward": (1, -1), "RsubBackward": (-1, 1)}[kind_of(node)]
-    for edge, sign in zip(node.next_functions, signs, strict=False):
-        if edge[0] is not None:
-            term = g if sign > 0 else Slices(g.row, g.sample, -g.data, g.shape)
-            walk.send(edge, reduced(walk.count, term, padded(shape_of(*edge))))
+    alpha = alpha_of(node)
+    factors = {"AddBackward": (1.0, alpha), "SubBackward": (1.0, -alpha), "RsubBackward": (-alpha, 1.0)}[kind_of(node)]
+    for edge, factor in zip(node.next_functions, factors, strict=False):
+        send_reduced(walk, edge, scaled(g, factor))
 
 
 def _neg(walk: Pass, node: Node, g: Slices) -> None:
-    walk.send(node.next_functions[0], Slices(g.row, g.sample, -g.data, g.shape))
+    walk.send(node.next_functions[0], scaled(g, -1.0))
+
+
+def wide(walk: Pass, node: Node, name: str, g: Slices) -> Ball:
+    """A saved operand that was broadcast to the output's shape, or a number, at the samples of g."""
+    factor = saved(node, name)
+    if isinstance(factor, (int, float)):
+        return Ball(torch.full((), float(factor), dtype=torch.float64))
+    if not isinstance(factor, Tensor):
+        raise Unsupported(f"{node.name()} without its saved factor")
+    return Ball(pick(factor.detach().expand(g.shape), g.sample).to(torch.float64))
 
 
 def _mul(walk: Pass, node: Node, g: Slices) -> None:
-    for edge, factor in zip(node.next_functions, (node._saved_other, node._saved_self), strict=False):
-        if edge[0] is None:
-            continue
-        if factor is None:
-            raise Unsupported(f"{node.name()} without its saved factor")
-        wide = pick(factor.expand(g.shape), g.sample).to(torch.float64)
-        product = Slices(g.row, g.sample, g.data * Ball(wide), g.shape)
-        walk.send(edge, reduced(walk.count, product, padded(shape_of(*edge))))
+    for edge, name in zip(node.next_functions, ("other", "self"), strict=False):
+        if edge[0] is not None:
+            send_reduced(walk, edge, times(g, wide(walk, node, name, g)))
 
 
 def _dropout(walk: Pass, node: Node, g: Slices) -> None:
@@ -113,227 +201,24 @@ def _dropout(walk: Pass, node: Node, g: Slices) -> None:
     walk.send(node.next_functions[0], Slices(g.row, g.sample, product, g.shape))
 
 
-def _convolution(walk: Pass, node: Node, g: Slices) -> None:
-    if node._saved_transposed or len(g.shape) not in (3, 4, 5):
-        raise Unsupported(f"{node.name()} (transposed)")
-    weight, bias = walk.weight(node.next_functions[1], node), walk.weight(node.next_functions[2], node)
-    spatial = tuple(range(2, len(g.shape)))
-    if bias is not None:
-        add_rows(walk, bias, g.row, g.data.sum(spatial))
-    if weight is not None:
-        _conv_weight(walk, node, g, weight)
-    edge = node.next_functions[0]
-    if edge[0] is not None:
-        shape = shape_of(*edge)
-        kernel = host(node._saved_weight).to(torch.float64)
-        options = dict(
-            stride=list(node._saved_stride),
-            padding=list(node._saved_padding),
-            dilation=list(node._saved_dilation),
-            groups=node._saved_groups,
-        )
-        back: Any = {3: F.conv_transpose1d, 4: F.conv_transpose2d, 5: F.conv_transpose3d}[len(g.shape)]
-        base = [
-            (o - 1) * s - 2 * p + d * (k - 1) + 1
-            for o, s, p, d, k in zip(
-                g.shape[2:], options["stride"], options["padding"], options["dilation"], kernel.shape[2:], strict=True
-            )
-        ]
-        extra = [size - b for size, b in zip(shape[2:], base, strict=True)]
-
-        def apply(t: Tensor, w: Tensor) -> Tensor:
-            result: Tensor = back(t, w, output_padding=extra, **options)
-            return result
-
-        terms = kernel.shape[0] // node._saved_groups * math.prod(kernel.shape[2:])
-        walk.send(edge, Slices(g.row, g.sample, balls.linear(apply, g.data, kernel, terms), shape))
+def _masked(walk: Pass, node: Node, g: Slices) -> None:
+    """``where`` and ``masked_fill``: each operand gets what was taken from it."""
+    fill = kind_of(node) == "MaskedFillBackward"
+    mask = needed(node, "mask" if fill else "condition").expand(g.shape)
+    chosen = rows_at(mask, g.sample)
+    for edge, keep in zip(node.next_functions, (~chosen, chosen) if fill else (chosen, ~chosen), strict=False):
+        send_reduced(walk, edge, Slices(g.row, g.sample, g.data.where(keep), g.shape))
 
 
-def _conv_weight(walk: Pass, node: Node, g: Slices, leaf: str) -> None:
-    """Per slice: (output gradient) x (unfolded input)^T, then summed over the slices of a row."""
-    if len(g.shape) != 4:
-        raise Unsupported(f"{node.name()} in {len(g.shape) - 2} dimensions")
-    shape = tuple(walk.graph.leaves.tensor(leaf).shape)
-    groups = node._saved_groups
-    samples, index = torch.unique(g.sample, return_inverse=True)
-    x = pick(node._saved_input, samples)
-    columns = unfolded(node, x, shape)
-    columns = columns.reshape(len(samples), groups, -1, columns.shape[-1])
-    step = max(1, BUDGET // (64 * max(1, columns[0].numel())))
-
-    def apply(t: Tensor, w: Tensor) -> Tensor:
-        out = t.reshape(len(t), groups, shape[0] // groups, -1)
-        return (out @ w.transpose(2, 3)).reshape(len(t), *shape)
-
-    for start in range(0, len(g.row), step):
-        part = slice(start, start + step)
-        data = g.data.map(lambda t, p=part: t[p])  # type: ignore[misc]
-        add_rows(walk, leaf, g.row[part], balls.linear(apply, data, columns[index[part]], columns.shape[-1]))
-
-
-def unfolded(node: Node, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Patches of x in float64, [N, C * k * k, L], for a weight of this shape."""
-    geometry = tuple(node._saved_dilation), tuple(node._saved_padding), tuple(node._saved_stride)
-    return F.unfold(x.to(torch.float64), shape[2:], *geometry)
-
-
-def add_rows(walk: Pass, leaf: str, row: Tensor, data: Ball) -> None:
-    """Sum per-slice gradients [M, *leaf shape] into the leaf's [count, numel]."""
-    flat = data.map(lambda t: t.reshape(len(row), -1))
-    order = torch.argsort(row, stable=True)
-    ranks = torch.arange(len(order)) - torch.searchsorted(row[order], row[order])
-    for rank in range(int(ranks.max()) + 1 if len(ranks) else 0):
-        picked = order[ranks == rank]
-
-        def fill(t: Tensor, picked: Tensor = picked) -> Tensor:
-            full = torch.zeros(walk.count, t.shape[1], dtype=torch.float64)
-            full[row[picked]] = t[picked]
-            return full
-
-        walk.add_leaf(leaf, flat.map(fill))
-
-
-def _linear(walk: Pass, node: Node, g: Slices) -> None:
-    biased = kind_of(node) == "AddmmBackward"
-    if biased and (node._saved_alpha != 1 or node._saved_beta != 1):
-        raise Unsupported(f"{node.name()} with alpha or beta")
-    if biased and node.next_functions[0][0] is not None:
-        shape = padded(shape_of(*node.next_functions[0]))
-        walk.send(node.next_functions[0], reduced(walk.count, g, shape))
-    x_edge, w_edge = node.next_functions[biased], node.next_functions[1 + biased]
-    if w_edge[0] is not None:
-        if kind_of(w_edge[0]) != "TBackward":
-            raise Unsupported(f"{node.name()} with a computed weight ({w_edge[0].name()})")
-        leaf = walk.weight(w_edge[0].next_functions[0], node)
-        assert leaf is not None
-        x = pick(node._saved_mat1 if biased else node._saved_self, g.sample).to(torch.float64)
-
-        def outer(t: Tensor, w: Tensor) -> Tensor:
-            return t[:, :, None] * w[:, None, :]
-
-        add_rows(walk, leaf, g.row, balls.linear(outer, g.data, x, 1))
-    if x_edge[0] is not None:
-        weight = host(node._saved_mat2).to(torch.float64)
-
-        def apply(t: Tensor, w: Tensor) -> Tensor:
-            return t @ w.T
-
-        data = balls.linear(apply, g.data, weight, weight.shape[1])
-        walk.send(x_edge, Slices(g.row, g.sample, data, shape_of(*x_edge)))
-
-
-def _batch_norm(walk: Pass, node: Node, g: Slices) -> None:
-    """``y = gamma (x - mean) / sigma + beta``; in train mode mean and sigma are functions of x and couple samples."""
-    if node._saved_training and walk.local and _one_channel(walk, node, g):
-        return
-    gamma, beta = walk.weight(node.next_functions[1], node), walk.weight(node.next_functions[2], node)
-    dims = tuple(range(2, len(g.shape)))
-    if beta is not None:
-        add_rows(walk, beta, g.row, g.data.sum(dims))
-    stats = normalization.statistics(node)
-    scale = stats.scale
-    if node._saved_weight is not None:
-        scale = scale * Ball(stats.channels(host(node._saved_weight).to(torch.float64)))
-    if not node._saved_training:
-        if gamma is not None:
-            product = g.data * stats.normalized.map(lambda t: t[g.sample])
-            add_rows(walk, gamma, g.row, product.sum(dims))
-        walk.send(node.next_functions[0], Slices(g.row, g.sample, g.data * scale, g.shape))
-        return
-    dense = to_dense(walk.count, g)
-    easy = normalization.cancels(dense, stats.x)
-    keep = easy[g.row]
-    plain = (g.data * scale).map(lambda t: t[keep])
-    walk.send(node.next_functions[0], Slices(g.row[keep], g.sample[keep], plain, g.shape))
-    hard = torch.nonzero(~easy).flatten()
-    if len(hard):
-        part, along = normalization.coupled(dense.map(lambda t: t[hard]), stats, scale)
-        stack = from_dense(part, g.shape)
-        walk.send(node.next_functions[0], Slices(hard[stack.row], stack.sample, stack.data, g.shape))
-        if gamma is not None:
-            add_rows(walk, gamma, hard, along)
-
-
-def _one_channel(walk: Pass, node: Node, g: Slices) -> bool:
-    """Train-mode normalisation right above a convolution, every row in one channel: only that channel is computed.
-
-    What ties of rounded normalised values need, without the cost of a pass over all channels. False, with nothing
-    done, where the pattern is another.
-    """
-    conv = node.next_functions[0][0]
-    if conv is None or conv in walk.graph.record_of or kind_of(conv) != "ConvolutionBackward" or len(g.shape) != 4:
-        return False
-    above, weight = conv.next_functions[0][0], walk.graph.leaf(conv.next_functions[1][0])
-    if conv._saved_groups != 1 or conv._saved_transposed or weight is None:
-        return False
-    if above is not None and above not in walk.graph.record_of:
-        return False
-    there = ~g.data.zero().flatten(2).all(2)  # [M, C]
-    channel = torch.zeros(walk.count, dtype=torch.int64)
-    channel[g.row] = there.to(torch.int64).argmax(1)
-    if not bool((there.sum(1) == 1).all()) or not bool(there[torch.arange(len(g.row)), channel[g.row]].all()):
-        return False
-    used, place = torch.unique(channel, return_inverse=True)
-    stats = normalization.statistics(node, used)
-    own = g.data.map(lambda t: t[torch.arange(len(g.row)), channel[g.row]][:, None])
-    dense = to_dense(walk.count, Slices(g.row, g.sample, own, (g.shape[0], 1, *g.shape[2:])))
-    mine = normalization.Statistics(
-        stats.x[:, place].movedim(1, 0)[:, :, None],
-        stats.scale.map(lambda t: t[0, place][:, None, None]),
-        stats.normalized.map(lambda t: t[:, place].movedim(1, 0)[:, :, None]),
-        stats.count,
-    )
-    scale = mine.scale
-    if node._saved_weight is not None:
-        factor = take(node._saved_weight.detach(), channel).to(torch.float64).reshape(-1, 1, 1, 1, 1)
-        scale = scale * Ball(factor)
-    result, along = normalization.coupled(dense, mine, scale)
-
-    def spread(rows: Ball, leaf: str) -> None:
-        """Put [count, n] entries into their channel's group of a leaf."""
-        shape = tuple(walk.graph.leaves.tensor(leaf).shape)
-
-        def fill(t: Tensor) -> Tensor:
-            full = torch.zeros(walk.count, shape[0], t.shape[1], dtype=torch.float64)
-            full[torch.arange(walk.count), channel] = t
-            return full.flatten(1)
-
-        walk.add_leaf(leaf, rows.map(fill))
-
-    for edge, rows in ((node.next_functions[1], along), (node.next_functions[2], dense.sum((1, 2, 3, 4)))):
-        leaf = walk.weight(edge, node)
-        if leaf is not None:
-            spread(rows.map(lambda t: t.reshape(walk.count, 1)), leaf)
-    bias = walk.weight(conv.next_functions[2], conv)
-    if bias is not None:
-        spread(result.sum((1, 2, 3, 4)).map(lambda t: t[:, None]), bias)
-    z = host(conv._saved_input)
-    columns = unfolded(conv, z, tuple(walk.graph.leaves.tensor(weight).shape))  # [N, C * k * k, L]
-    flat = result.map(lambda t: t.reshape(walk.count, len(z), -1).movedim(0, 2))  # [N, L, count]
-
-    def apply(t: Tensor, w: Tensor) -> Tensor:
-        return torch.bmm(w, t).sum(0).T
-
-    spread(balls.linear(apply, flat, columns, len(z) * columns.shape[2], z), weight)
-    return True
-
-
-_Rule = Callable[["Pass", Node, Slices], None]
-RULES: dict[str, _Rule] = {
+RULES: dict[str, Rule] = {
     **dict.fromkeys(
         ["ViewBackward", "UnsafeViewBackward", "ReshapeAliasBackward", "SqueezeBackward", "UnsqueezeBackward"], _reshape
     ),
     **dict.fromkeys(["CloneBackward", "AliasBackward", "ToCopyBackward"], _cast),
-    **dict.fromkeys(MOVES, _moved),
-    **dict.fromkeys(
-        ["ExpandBackward", "MeanBackward", "SumBackward", "AvgPool2DBackward", "AdaptiveAvgPool2DBackward"], _positive
-    ),
     **dict.fromkeys(["AddBackward", "SubBackward", "RsubBackward"], _sum_of),
     "NegBackward": _neg,
     "MulBackward": _mul,
     "NativeDropoutBackward": _dropout,
-    "ConvolutionBackward": _convolution,
-    "AddmmBackward": _linear,
-    "MmBackward": _linear,
-    **dict.fromkeys(normalization.BATCH_NORM, _batch_norm),
+    "WhereBackward": _masked,
+    "MaskedFillBackward": _masked,
 }

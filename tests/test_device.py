@@ -38,7 +38,7 @@ from adcert.audit import ANALYTIC, GUARDED
 from adcert.gallery import ROWS, Row
 from adcert.lists import LEAST
 from adcert.normalization import BATCH_NORM, eps_of
-from adcert.vjp import RULES
+from adcert.rules import RULES
 
 # ---- the same certificates -----------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from core_helpers import (
 )
 from hypothesis import given
 from hypothesis import strategies as st
+from layer_cases import CASES
 from networks import random_network
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -234,9 +235,28 @@ MOVES: dict[str, tuple[Callable[[Tensor], Tensor], tuple[int, int], list[float]]
     "stack": (lambda w: torch.stack([w, -w]), (1, 6), [1, 1, 0, 0, 0, 0]),
     "pad": (lambda w: F.pad(w, (1, 0)), (0, 7), [0, 0, 0, 0, 0, -1]),
     "expand": (lambda w: w.unsqueeze(0).expand(2, 2, 3), (0, 7), [1, -1, 0, 0, 0, 0]),
+    "repeat": (lambda w: w.repeat(1, 2), (0, 3), [0, 0, 0, 0, 0, 0]),
+    "split": (lambda w: w.split(2, 1)[1], (0, 1), [0, 0, 1, 0, 0, -1]),
+    "unbind": (lambda w: w.unbind(1)[2], (0, 1), [0, 0, 1, 0, 0, -1]),
+    "index": (lambda w: w[:, torch.tensor([2, 0])], (0, 1), [-1, 0, 1, 0, 0, 0]),
+    "gather": (lambda w: w.gather(1, torch.tensor([[1], [2]])), (0, 1), [0, 1, 0, 0, 0, -1]),
+    "embedding": (lambda w: F.embedding(torch.tensor([1, 0]), w), (0, 4), [0, -1, 0, 1, 0, 0]),
+    "circular": (lambda w: F.pad(w[None], (1, 1), mode="circular"), (0, 1), [-1, 0, 1, 0, 0, 0]),  # 3 1 2 3 1
+    "reflect": (lambda w: F.pad(w, (1, 0), mode="reflect"), (0, 1), [-1, 1, 0, 0, 0, 0]),  # 2 1 2 3
+    "where": (lambda w: torch.where(torch.tensor([True, False, True]), w, -w), (0, 1), [1, 1, 0, 0, 0, 0]),
+    "masked_fill": (lambda w: w.masked_fill(torch.tensor([True, False, False]), 0.0), (0, 1), [0, -1, 0, 0, 0, 0]),
+    "nearest": (lambda w: F.interpolate(w[None], scale_factor=2), (1, 2), [1, -1, 0, 0, 0, 0]),  # 1 1 2 2 3 3
+    "written": (lambda w: _written(w), (0, 3), [0, 0, 0, 0, 0, -1]),  # 0 4 5 6
+    "add a number": (lambda w: 1.0 - (w + 2.0), (0, 1), [-1, 1, 0, 0, 0, 0]),
     "clone": (lambda w: w.clone(), (0, 1), [1, -1, 0, 0, 0, 0]),
     "cast": (lambda w: w.to(torch.float32), (0, 1), [1, -1, 0, 0, 0, 0]),
 }
+
+
+def _written(w: Tensor) -> Tensor:
+    out = torch.zeros(4, dtype=w.dtype)
+    out[1:] = w[1]
+    return out
 
 
 @pytest.mark.parametrize("name", MOVES)
@@ -262,13 +282,25 @@ def test_no_hook_fires_while_data_movements_are_followed():
 
 
 def test_operations_without_an_exact_rule_are_hard():
-    for forward in (lambda p, w: p.relu(w * 2.0), lambda p, w: p.relu(torch.tanh(w)),
+    for forward in (lambda p, w: p.relu(w * w), lambda p, w: p.relu(torch.tanh(w)),
                     lambda p, w: p.relu(torch.add(w, w, alpha=2)), lambda p, w: p.relu(w.sum(0)),
                     lambda p, w: p.relu(F.layer_norm(w, (3,)))):  # fmt: skip
         w = param(MATRIX)
         seen = look(lambda probe, f=forward, w=w: f(probe, w), w=w)
         found = expand(seen.graph, seen.records[0].edge, pairs((0, 1), (1, 1)))
         assert found.hard.tolist() == [True, False]  # equal units need no rule
+
+
+def test_a_constant_factor_scales_and_turns_differences():
+    """y = (2 w_0, 2 w_1, -3 w_2, 0 w_3): equal factors keep a difference, a sign turns a touch, zero removes a unit."""
+    w = param([1.0, 2.0, 3.0, 4.0])
+    factor = torch.tensor([2.0, 2.0, -3.0, 0.0], dtype=torch.float64)
+    seen = look(lambda probe: probe.relu(w * factor), w=w)
+    found = expand(seen.graph, seen.records[0].edge, pairs((0, 1), (-1, 2), (0, 2), (1, 3), (3, -1)))
+    assert found.hard.tolist() == [False, False, True, False, False]
+    assert all(part.scaled for part in found.parts)
+    rows = dense_rows(seen, found)["w"].tolist()
+    assert rows == [[1.0, -1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0] * 4, [0.0, 1.0, 0.0, 0.0], [0.0] * 4]
 
 
 def test_a_computed_weight_is_hard():
@@ -449,3 +481,65 @@ def test_rows_of_a_mixed_layer_equal_autograd(seed: int):
     assert not bool(hard.any())
     for name, truth in autograd_rows(seen.y(seen.records[0]), seen.parameters(), d).items():
         assert torch.equal(found.get(name, torch.zeros_like(truth)), truth)
+
+
+# ---- every layer kind ----------------------------------------------------------------------------
+
+
+class _Layer(nn.Module):
+    """Integer data, so that ties of the layer's input are frequent."""
+
+    def __init__(self, name: str) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.case = CASES[name]
+        self.layer = self.case.make()
+        self.x = nn.Parameter(torch.zeros(self.case.shape))
+        fill(self, 3, -1, 1)
+        self.x.requires_grad_(not name.startswith("conv"))  # the input of a layer is no parameter of it
+        if self.case.positive:
+            nn.init.constant_(self.x, 2.0)
+
+    def forward(self, probe: Probe) -> Tensor:
+        return probe.relu(self.case.call(self.layer, self.x + 0.0), "last")
+
+
+# Kinds with exact rows for some of the random differences, at least.
+_EXACT = ("conv", "group norm", "instance norm", "layer norm without weight")
+_NEVER = "group norm of vectors"  # every unit is a channel of its own
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_rows_of_every_layer_kind(name: str):
+    """What is not hard is exact, or a positive multiple of the exact row."""
+    model = _Layer(name).double()
+    seen = look(model, model)
+    y = seen.y(seen.records[-1])
+    drawn = random_pairs(max(2, y.numel()), 40, 2)
+    beside = torch.arange(min(40, y.numel() - 1))
+    d = Differences(torch.cat([drawn.plus, beside]), torch.cat([drawn.minus, beside + 1]))
+    found = expand(seen.graph, seen.records[-1].edge, d)
+    marks = {kind: torch.zeros(len(d), dtype=torch.bool) for kind in (False, True)}
+    for part in found.parts:
+        marks[part.scaled][part.owner] = True
+    scaled = marks[True]
+    easy = ~(found.hard | scaled & marks[False])  # decisions give up rows with parts of both kinds
+    if name.startswith(_EXACT) and name != _NEVER:
+        assert bool(easy.any())
+    if name.startswith("conv"):
+        assert bool(easy.all())
+    if not bool(easy.any()):
+        return
+    rows, truth = dense_rows(seen, found), autograd_rows(y, seen.parameters(), d)
+    for leaf, expected in truth.items():
+        row = rows.get(leaf, torch.zeros_like(expected))
+        plain = easy & ~scaled
+        if name.startswith(_EXACT[1:]):  # autograd rounds what cancels
+            assert torch.allclose(row[plain], expected[plain], atol=1e-12), leaf
+        else:
+            assert torch.equal(row[plain], expected[plain]), leaf
+        turned = torch.nonzero(easy & scaled).flatten()
+        size, want = row[turned].abs().amax(1), expected[turned].abs().amax(1)
+        factor = torch.where(size > 0, want / size.clamp(min=1e-300), 0.0)
+        assert bool(((size > 0) | (want < 1e-12)).all()), leaf
+        assert torch.allclose(row[turned] * factor[:, None], expected[turned], rtol=1e-9, atol=1e-12), leaf
