@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .differences import broadcast_index
 from .layers import Graph, kind_of, shape_of
+from .movement import signed
 from .normalization import BATCH_NORM
 from .records import Node, OpRecord
 from .rows import SAME_UNITS, alpha_of
@@ -97,15 +98,65 @@ def _search(graph: Graph, edge: tuple[Node, int], units: _Map, own: frozenset[st
         return _search(graph, node.next_functions[0], units, own)
     if kind == "AddBackward" and alpha_of(node) == 1:
         return _search_sum(graph, edge, units, own)
-    shape = shape_of(*edge)
-    slot = {"ConvolutionBackward": 2, "AddmmBackward": 0, **dict.fromkeys(BATCH_NORM, 2)}.get(kind)
+    if kind in ("PermuteBackward", "TransposeBackward", "TBackward"):
+        return _search(graph, node.next_functions[0], partial(_permuted, units, shape_of(*edge), _order(node)), own)
+    slot = _SLOTS.get(kind)
     if slot is None or (kind == "AddmmBackward" and (node._saved_alpha != 1 or node._saved_beta != 1)):
         return None
-    leaf = graph.leaf(node.next_functions[slot][0])
-    if leaf is None or leaf not in own or tuple(graph.leaves.tensor(leaf).shape) != shape[1:2]:
+    return _added(graph, edge, node.next_functions[slot], units, own)
+
+
+#: Where a node has the bias it adds, once for every channel or place.
+_SLOTS = {
+    "ConvolutionBackward": 2,
+    "AddmmBackward": 0,
+    "NativeGroupNormBackward": 2,
+    "NativeLayerNormBackward": 2,
+    **dict.fromkeys(BATCH_NORM, 2),
+}
+
+
+def _added(
+    graph: Graph, edge: tuple[Node, int], bias: tuple[Node, int], units: _Map, own: frozenset[str]
+) -> _Found | None:
+    shape, source = shape_of(*edge), bias[0]
+    if source is not None and kind_of(source) == "RepeatBackward":  # instance normalisation: once for every sample
+        source = source.next_functions[0][0]
+    leaf = graph.leaf(source)
+    if leaf is None or leaf not in own:
+        return None
+    held = tuple(graph.leaves.tensor(leaf).shape)
+    entries = math.prod(held)
+    if kind_of(edge[0]) == "NativeLayerNormBackward":
+        return leaf, lambda u: units(u) % entries, 1
+    if len(held) != 1 or (source is bias[0] and held != shape[1:2]) or shape[1] % max(1, entries):
         return None
     inner = math.prod(shape[2:])
-    return leaf, lambda u: units(u) // inner % shape[1], inner
+    return leaf, lambda u: units(u) // inner % entries, inner
+
+
+def _order(node: Node) -> list[int]:
+    """Which dimension of its input every dimension of a permutation's output is."""
+    rank = len(shape_of(node, 0))
+    order = list(range(rank))
+    if kind_of(node) == "PermuteBackward":
+        return [signed(d) % rank for d in node._saved_dims]
+    if kind_of(node) == "TransposeBackward":
+        first, second = signed(node._saved_dim0) % rank, signed(node._saved_dim1) % rank
+        order[first], order[second] = order[second], order[first]
+        return order
+    return order[::-1]
+
+
+def _permuted(units: _Map, out: tuple[int, ...], order: list[int], index: Tensor) -> Tensor:
+    shape = [0] * len(out)
+    places: list[Tensor] = [index] * len(out)
+    for dim, place in zip(order, torch.unravel_index(units(index), out), strict=True):
+        shape[dim], places[dim] = out[order.index(dim)], place
+    flat = torch.zeros_like(index)
+    for size, place in zip(shape, places, strict=True):
+        flat = flat * size + place
+    return flat
 
 
 def _search_sum(graph: Graph, edge: tuple[Node, int], units: _Map, own: frozenset[str]) -> _Found | None:

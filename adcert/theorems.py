@@ -21,6 +21,7 @@ from .choices import Ties
 from .convert import convert
 from .coverage import STATIC, Facts, Failure, Kink, claim_of, facts_of, failing, shifted
 from .errors import AdcertError
+from .guards import KINKS
 from .layers import Graph, Leaves, Order, kind_of, order_layers
 from .records import OpRecord, Recorder
 from .watch import Watch
@@ -233,8 +234,13 @@ def _facts(graph: Graph, order: Order, record: OpRecord) -> Facts:
 
 
 def _problems(graph: Graph, watch: Watch) -> list[str]:
-    """What the audit says. Points where a smooth operation is singular depend on values: not here."""
+    """What the audit says. Points where a smooth operation is singular depend on values: not here.
+
+    A kink that nobody records can be touched on other data, whatever the guards say of this example.
+    """
     problems = [text for text, flag in audit_graph(graph, watch) if flag is None or not bool(flag)]
+    unseen = [node for node in graph.nodes if kind_of(node) in KINKS and node not in graph.record_of]
+    problems += [f"{node.name()}{watch.origin(node)} has a kink that is not recorded" for node in unseen]
     problems += [
         f"{text}: autograd does not see this dependence" for node, text in watch.mixed if node in graph.position
     ]

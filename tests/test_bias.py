@@ -6,6 +6,7 @@ import torch
 from core_helpers import Seen, autograd_rows, integers, look, pairs, param
 from hypothesis import given
 from hypothesis import strategies as st
+from layer_cases import CASES
 from networks import random_network
 from torch import nn
 
@@ -250,3 +251,61 @@ def test_a_found_bias_has_coefficient_one_in_every_unit(seed: int):
         expected = torch.zeros_like(rows)
         expected[torch.arange(units), found.group(torch.arange(units))] = 1.0
         assert torch.equal(rows, expected)
+
+
+# ---- other layers --------------------------------------------------------------------------------
+
+
+def test_normalisations_inside_samples_add_their_shift():
+    group = nn.GroupNorm(1, 2, dtype=torch.float64)  # y: [2, 2, 3, 3]
+    found = bias(look(lambda probe: probe.relu(group(IMAGE)), group))
+    assert found is not None
+    assert (found.leaf, found.kind) == ("bias", "shared")
+    assert groups(found, 36) == ([0] * 9 + [1] * 9) * 2
+    layer = nn.LayerNorm(2, dtype=torch.float64)  # y: [3, 2]
+    found = bias(look(lambda probe: probe.relu(layer(TABLE)), layer))
+    assert found is not None
+    assert (found.leaf, found.kind) == ("bias", "distinct")
+    assert groups(found, 6) == [0, 1] * 3
+    instance = nn.InstanceNorm2d(2, affine=True, dtype=torch.float64)
+    found = bias(look(lambda probe: probe.relu(instance(IMAGE)), instance))
+    assert found is not None
+    assert (found.leaf, found.kind) == ("bias", "shared")
+    assert groups(found, 36) == ([0] * 9 + [1] * 9) * 2
+    plain = nn.Sequential(conv(), nn.GroupNorm(1, 2, affine=False, dtype=torch.float64))
+    assert bias(look(lambda probe: probe.relu(plain(IMAGE)), plain)) is None
+
+
+def test_a_bias_is_followed_through_permutations():
+    """Layer normalisation of channels [2, 3, 3, 2], seen as [2, 2, 3, 3]; a linear layer, transposed."""
+    m = nn.LayerNorm(2, dtype=torch.float64)
+    found = bias(look(lambda probe: probe.relu(m(IMAGE.permute(0, 2, 3, 1)).permute(0, 3, 1, 2).contiguous()), m))
+    assert found is not None
+    assert groups(found, 36) == ([0] * 9 + [1] * 9) * 2
+    linear = nn.Linear(2, 3, dtype=torch.float64)
+    found = bias(look(lambda probe: probe.relu(linear(TABLE).t()), linear))
+    assert found is not None
+    assert groups(found, 9) == [0, 0, 0, 1, 1, 1, 2, 2, 2]
+
+
+def test_a_bias_of_every_layer_kind_is_one():
+    """Wherever a bias is found, every unit's derivative with respect to it is one in its group and zero elsewhere."""
+    found = 0
+    for name, case in CASES.items():
+        torch.manual_seed(0)
+        module = case.make()
+        if module is None:
+            continue
+        module = module.double()
+        x = torch.randn(case.shape, dtype=torch.float64)
+        if not case.call(module, x).requires_grad:
+            continue
+        seen = look(lambda probe, c=case, m=module, x=x: probe.relu(c.call(m, x)), module)
+        if len(seen.records) != 1 or (held := bias(seen)) is None:
+            continue
+        found += 1
+        units = torch.arange(seen.y(seen.records[0]).numel())
+        d = Differences(units, torch.full_like(units, -1))
+        rows = autograd_rows(seen.y(seen.records[0]), seen.parameters(), d)[held.leaf]
+        assert torch.equal(rows, torch.eye(rows.shape[1]).double()[held.group(units)]), name
+    assert found > 20

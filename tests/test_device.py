@@ -259,8 +259,8 @@ def test_dropout_as_a_gpu_does_it(p: float) -> None:
 
 @pytest.mark.parametrize(
     "kind",
-    """MiopenBatchNorm ScaledDotProductFlashAttention ScaledDotProductEfficientAttention ScaledDotProductCudnnAttention
-    FlashAttention EfficientAttention CudnnAttention FusedRmsNorm CudnnRnn ThnnFusedLstmCell""".split(),
+    """MiopenBatchNorm FlashAttention EfficientAttention CudnnAttention FusedRmsNorm CudnnRnn
+    ThnnFusedLstmCell""".split(),
 )
 def test_kernels_that_nobody_has_vouched_for_stay_undecided(kind: str) -> None:
     assert f"{kind}Backward" not in ANALYTIC | GUARDED.keys() | RULES.keys()

@@ -190,6 +190,23 @@ def test_singular_points_are_undecided_by_name() -> None:
     assert any("LinalgVectorNorm" in reason for reason in refused.reasons)
 
 
+def test_the_static_analysis_does_not_believe_one_example() -> None:
+    """|x| through maximum is smooth at this example and at no other with x = 0."""
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.linear(x)
+            return torch.relu(torch.maximum(h, -h))
+
+    found = adcert.analyze(Model(), torch.randn(4, 2))
+    assert all(theorem.holds == "no" for theorem in found.theorems)
+    assert "MaximumBackward0" in str(found.theorems)
+
+
 def test_every_rule_is_for_something_the_audit_lets_through() -> None:
     """A rule for a node the audit refuses anyhow would never be used: a wrong name."""
     known = ANALYTIC | GUARDED.keys() | {"torch::autograd::CopySlices"}
