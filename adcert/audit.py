@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .guards import GUARDED
-from .layers import ACCUMULATE, Graph, kind_of
+from .layers import ACCUMULATE, Graph
 from .smooth import ANALYTIC
 from .watch import Watch
 
@@ -21,21 +21,23 @@ def audit_graph(graph: Graph, watch: Watch) -> list[tuple[str, Tensor | None]]:
     """
     reasons: list[tuple[str, Tensor | None]] = []
     for node in graph.nodes:
-        if node in graph.record_of or node.name() == ACCUMULATE:
+        name = node.name()
+        if name == ACCUMULATE or node in graph.record_of:
             continue
-        kind = kind_of(node)
-        where = watch.origin(node)
+        kind = name.rstrip("0123456789")
         custom = isinstance(node, FunctionCtx)  # a user's autograd.Function may bear any name
         if kind in GUARDED and not custom:
             smooth = GUARDED[kind](node)
             if isinstance(smooth, Tensor) or not smooth:
-                text = f"{node.name()}{where} at a point, or in a mode, where its derivative is not the function's"
+                where = watch.origin(node)
+                text = f"{name}{where} at a point, or in a mode, where its derivative is not the function's"
                 reasons.append((text, smooth if isinstance(smooth, Tensor) else None))
         elif (kind not in ANALYTIC and node not in watch.pasted) or custom:
-            reasons.append((f"{node.name()}{where} is not recorded: adcert does not know where it is smooth", None))
+            where = watch.origin(node)
+            reasons.append((f"{name}{where} is not recorded: adcert does not know where it is smooth", None))
         if node not in watch.made:
             text = (
-                f"{node.name()} was made out of adcert's sight (before the step, in another thread, by TorchScript, "
+                f"{name} was made out of adcert's sight (before the step, in another thread, by TorchScript, "
                 "torch.compile or a custom Function)"
             )
             reasons.append((text, None))

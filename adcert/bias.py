@@ -67,7 +67,7 @@ def _paths(graph: Graph, record: OpRecord, leaf: str) -> int:
         if node in known:
             stack.pop()
             continue
-        sources = [] if node is None or node in graph.record_of else [source for source, _ in node.next_functions]
+        sources = [] if node is None or node in graph.record_of else [source for source, _ in graph.edges[node]]
         missing = [source for source in sources if source is not None and source not in known]
         if missing:
             stack += missing

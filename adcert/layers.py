@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,37 +67,44 @@ class Leaves:
 
 
 class Graph:
-    """The graph below some roots: nodes in topological order (consumers first), consumers, records by node."""
+    """The graph below some roots: nodes in topological order (consumers first), consumers, records by node.
+
+    ``edges``: ``node.next_functions``, which autograd makes anew each time it is asked.
+    """
 
     def __init__(self, roots: Sequence[Node], records: Iterable[OpRecord], leaves: Leaves) -> None:
         self.leaves = leaves
         self.roots = tuple(roots)
+        self.edges: dict[Node, tuple[tuple[Node, int], ...]] = {}
         self.consumers: dict[Node, list[tuple[Node, int, int]]] = defaultdict(list)
         self.nodes = self._sorted(roots)
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self.record_of = {record.node: record for record in records if record.node in self.position}
+        self._leaf: dict[Node, str | None] = {None: None}
+        self._arms: dict[Node, _Arms] = {}
         self._tau: dict[OpRecord, Tau] = {}
 
     def _sorted(self, roots: Sequence[Node]) -> list[Node]:
-        waiting: dict[Node, int] = defaultdict(int)
+        edges, consumers = self.edges, self.consumers
         seen: set[Node] = set(roots)
         stack = list(seen)
         while stack:
             node = stack.pop()
-            for slot, (source, number) in enumerate(node.next_functions):
+            edges[node] = node.next_functions
+            for slot, (source, number) in enumerate(edges[node]):
                 if source is None:
                     continue
-                waiting[source] += 1
-                self.consumers[source].append((node, slot, number))
+                consumers[source].append((node, slot, number))
                 if source not in seen:
                     seen.add(source)
                     stack.append(source)
+        waiting = {node: len(users) for node, users in consumers.items()}
         order: list[Node] = []
-        ready = [node for node in dict.fromkeys(roots) if waiting[node] == 0]
+        ready = [node for node in dict.fromkeys(roots) if node not in waiting]
         while ready:
             node = ready.pop()
             order.append(node)
-            for source, _ in node.next_functions:
+            for source, _ in edges[node]:
                 if source is None:
                     continue
                 waiting[source] -= 1
@@ -106,11 +114,16 @@ class Graph:
 
     def leaf(self, node: Node | None) -> str | None:
         """Name of the leaf a node accumulates into, directly or through a cast (casts are the identity), or None."""
-        while node is not None and kind_of(node) == "ToCopyBackward":
+        if node not in self._leaf:
+            self._leaf[node] = self._find_leaf(node)
+        return self._leaf[node]
+
+    def _find_leaf(self, node: Any) -> str | None:
+        name = "" if node is None else node.name()
+        while name.startswith("ToCopyBackward"):
             node = node.next_functions[0][0]
-        if node is None or node.name() != ACCUMULATE:
-            return None
-        return self.leaves.name(node.variable)
+            name = "" if node is None else node.name()
+        return self.leaves.name(node.variable) if name == ACCUMULATE else None
 
     def tau(self, record: OpRecord) -> Tau:
         """The smooth part above a record: its leaves with the number of paths' ends, and the records it reads."""
@@ -121,29 +134,43 @@ class Graph:
     def _walk_tau(self, record: OpRecord) -> Tau:
         users: dict[str, list[Node]] = defaultdict(list)
         sources: dict[OpRecord, None] = {}
+        # y, and what the operation itself reads: of its layer, but not above its y
+        first = self._split([record.edge[0], record.own_edge[0]])
+        todo = [(record.node, first)]
         seen: set[Node] = set()
-        stack: list[Node] = []
-
-        def visit(node: Node | None, user: Node) -> None:
-            if node is None:
-                return
-            if node in self.record_of:
-                sources[self.record_of[node]] = None
-                return
-            name = self.leaf(node)
-            if name is not None:
+        while todo:
+            user, arms = todo.pop()
+            sources.update(arms.records)
+            for name in arms.leaves:
                 users[name].append(user)
-            elif node not in seen:
-                seen.add(node)
-                stack.append(node)
-
-        visit(record.edge[0], record.node)
-        visit(record.own_edge[0], record.node)  # read by the operation itself: of its layer, but not above its y
-        while stack:
-            user = stack.pop()
-            for source, _ in user.next_functions:
-                visit(source, user)
+            for node in arms.nodes:
+                if node not in seen:
+                    seen.add(node)
+                    found = self._arms.get(node)
+                    if found is None:
+                        found = self._arms[node] = self._split([source for source, _ in self.edges[node]])
+                    todo.append((node, found))
         return Tau({name: tuple(nodes) for name, nodes in users.items()}, tuple(sources))
+
+    def _split(self, sources: list[Node]) -> _Arms:
+        arms = _Arms({}, [], [])
+        for node in sources:
+            if node in self.record_of:
+                arms.records[self.record_of[node]] = None
+            elif (name := self.leaf(node)) is not None:
+                arms.leaves.append(name)
+            elif node is not None:
+                arms.nodes.append(node)
+        return arms
+
+
+@dataclass(frozen=True)
+class _Arms:
+    """What a node reads: recorded operations, leaves (by name, once for each use), other nodes."""
+
+    records: dict[OpRecord, None]
+    leaves: list[str]
+    nodes: list[Node]
 
 
 @dataclass(frozen=True)
