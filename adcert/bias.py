@@ -99,7 +99,8 @@ def _search(graph: Graph, edge: tuple[Node, int], units: _Map, own: frozenset[st
     if kind == "AddBackward" and alpha_of(node) == 1:
         return _search_sum(graph, edge, units, own)
     if kind in ("PermuteBackward", "TransposeBackward", "TBackward"):
-        return _search(graph, node.next_functions[0], partial(_permuted, units, shape_of(*edge), _order(node)), own)
+        found = _search(graph, node.next_functions[0], partial(_permuted, units, shape_of(*edge), _order(node)), own)
+        return None if found is None else (*found[:2], 1)
     slot = _SLOTS.get(kind)
     if slot is None or (kind == "AddmmBackward" and (node._saved_alpha != 1 or node._saved_beta != 1)):
         return None

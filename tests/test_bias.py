@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import pytest
 import torch
 from core_helpers import Seen, autograd_rows, integers, look, pairs, param
 from hypothesis import given
 from hypothesis import strategies as st
 from layer_cases import CASES
 from networks import random_network
-from torch import nn
+from torch import Tensor, nn
 
 import adcert
 from adcert.bias import Bias, bias_of
@@ -56,6 +59,24 @@ def test_a_linear_bias_over_positions_is_shared():
     assert found is not None
     assert (found.leaf, found.kind) == ("bias", "shared")
     assert groups(found, 24) == [0, 1, 2] * 8
+
+
+@pytest.mark.parametrize(
+    "moved",
+    [
+        lambda y: y.transpose(1, 2),
+        lambda y: y.transpose(-1, 0),
+        lambda y: y.flatten(2).permute(2, 0, -2),
+        lambda y: y.flatten(1).T,
+        lambda y: y.flatten(2).transpose(1, 2).view(2, 2, 2, 2).permute(0, 3, 1, 2),
+    ],
+)
+def test_axes_that_are_exchanged_take_the_bias_along(moved: Callable[[Tensor], Tensor]):
+    m = conv()  # y: [2, 2, 2, 2]
+    found = bias(look(lambda probe: probe.relu(moved(m(IMAGE))), m))
+    assert found is not None and found.leaf == "bias"
+    channels = torch.tensor([0.0] * 4 + [1.0] * 4 + [0.0] * 4 + [1.0] * 4).reshape(2, 2, 2, 2)
+    assert groups(found, 16) == moved(channels).flatten().tolist()
 
 
 def test_no_bias():
