@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .records import COPY_SLICES as COPY_SLICES
 from .records import Node, OpRecord
 
 ACCUMULATE = "torch::autograd::AccumulateGrad"
-COPY_SLICES = "torch::autograd::CopySlices"  # an in-place function on a view, as a node of the view's base
 
 
 def shape_of(node: Node, number: int) -> tuple[int, ...]:

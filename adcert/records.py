@@ -25,6 +25,7 @@ from .lists import Rooms
 from .transfer import take
 
 Own = Tensor | Callable[[Any], Tensor] | None
+COPY_SLICES = "torch::autograd::CopySlices"  # an in-place function on a view, as a node of the view's base
 Node = Any  # torch.autograd.graph.Node; C++ nodes are not instances of the Python class
 
 
@@ -157,8 +158,11 @@ class Recorder:
             if _recordable(x):
                 name = self._begin(x, name)
                 room = self.rooms.of(name, x.numel()) if x.is_cuda else None
+                source = _edge_of(_whole(x))
                 output, touches, counts = self._relu_in_place(x, room) if inplace else ops.relu(x, room)
-                self._add(output, output.grad_fn, x.shape, _RELU, None, touches, counts, room)
+                node = _written(x, source) if inplace and x._is_view() else output.grad_fn
+                if node is not None:
+                    self._add(output, node, x.shape, _RELU, None, touches, counts, room)
                 return output
         return F.relu(x, inplace=inplace)
 
@@ -182,12 +186,13 @@ class Recorder:
                 output, touches, counts = ops.activation(x, rho.name, rho.arguments, room)
                 seen, node = x.detach(), output.grad_fn
             else:
-                source, own = _edge_of(x), ops.touches(x, rho.kinks, room)
+                own = ops.touches(x, rho.kinks, room)
+                source, written = _edge_of(x), _edge_of(_whole(x))
                 seen, touches, counts = x.detach(), own.touches, own.counts
                 if inplace:
                     seen = seen.clone() if rho.derivative is not None else rho.code(seen)
                 output = run()
-                node = _node_from(output, source)
+                node = _written(x, written) if inplace and x._is_view() else _node_from(output, source)
             if node is not None:
                 record = self._add(output, node, x.shape, rho, None, touches, counts, room)
                 slopes = left(node) if callable(left) else left
@@ -299,6 +304,26 @@ class Recorder:
 
 _RELU = activations.relu()
 _VIEWS = ("Squeeze", "Unsqueeze", "View", "UnsafeView", "ReshapeAlias", "Alias")
+
+
+def _whole(x: Tensor) -> Tensor:
+    """The base of a view that shows all of it, unit by unit (as linear layers return), else the tensor itself."""
+    base = x._base
+    if base is None or x.numel() != base.numel() or x.storage_offset() != base.storage_offset():
+        return x
+    return base if x.is_contiguous() and base.is_contiguous() else x
+
+
+def _written(x: Tensor, source: tuple[Any, int]) -> Node | None:
+    """The node of an operation in place on a view: autograd puts it on the base, whose edge was ``source``.
+
+    None if the view does not show all of its base: then the node is about other units, too.
+    """
+    base = _whole(x)
+    node = base.grad_fn
+    if base is x or node is None or node.name() != COPY_SLICES or not _is(node.next_functions[0], source):
+        return None
+    return node
 
 
 def _edge_of(x: Tensor) -> tuple[Any, int]:

@@ -207,6 +207,8 @@ class Watch(TorchFunctionMode):
             self._leaves.setdefault(id(tensor), (tensor, tensor._version))
         if self._stale(tensor, tensor._version):
             self.problems[f"a tensor of the graph was written to out of sight before {name}{caller()}"] = None
+        if tensor._is_view() and tensor.grad_fn not in self.made:
+            self.replayed(tensor, tensor.grad_fn)
 
     def wrote(self, tensor: Tensor) -> None:
         """A recorded operation has overwritten a tensor, and autograd knows."""
@@ -223,6 +225,14 @@ class Watch(TorchFunctionMode):
         if written is None:
             written = self._versions.get(base) if last is None else last
         return written not in (None, version)
+
+    def replayed(self, view: Tensor, node: Node) -> None:
+        """A view whose memory was written to by a call that was seen gets a new node from autograd when it is used."""
+        base = base_of(view)
+        if self._versions.get(view) is not None and self._rewritten.get(base) == view._version:
+            sources = [source for source, _ in node.next_functions]
+            if sources == [base.grad_fn] and node.name() == "AsStridedBackward0":
+                self.made[node] = ("a view", None)
 
     def _backward(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         roots: Any = args[0] if args else kwargs.get("tensors", kwargs.get("outputs", kwargs.get("self")))
@@ -311,15 +321,7 @@ class _Call:
             if watch._stale(tensor, version):
                 self.problem(f"a tensor of the graph was written to out of sight before {self.name}{caller()}")
             if node not in watch.made and tensor._is_view():
-                self._replayed(tensor, node)
-
-    def _replayed(self, view: Tensor, node: Node) -> None:
-        """A view whose memory was written to by a call that was seen gets a new node from autograd when it is used."""
-        base = base_of(view)
-        if self.watch._versions.get(view) is not None and self.watch._rewritten.get(base) == view._version:
-            sources = [source for source, _ in node.next_functions]
-            if sources == [base.grad_fn] and node.name() == "AsStridedBackward0":
-                self.watch.made[node] = ("a view", None)
+                watch.replayed(tensor, node)
 
     def problem(self, text: str) -> None:
         self.watch.problems[text] = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -360,6 +361,36 @@ def test_an_embedding_that_meets_its_padding_is_undecided() -> None:
     """The gradient of that row is left out, though the function depends on it."""
     reasons = observe(lambda net: F.embedding(torch.tensor([0, 3]), net.w[:, None], padding_idx=0).sum()).reasons
     assert reasons and "EmbeddingBackward0" in reasons[0]
+
+
+@pytest.mark.parametrize(
+    "activation", [nn.ReLU, nn.ReLU6, nn.Hardswish, nn.LeakyReLU, lambda inplace: nn.ELU(0.5, inplace)]
+)
+def test_in_place_on_what_a_linear_layer_returns(activation: Callable[..., nn.Module]) -> None:
+    """Of three or more dimensions it is a view, and autograd rewrites the base's node."""
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(3, 4), activation(inplace=True), nn.Linear(4, 2))
+    with torch.no_grad():
+        plain[0].weight[0], plain[0].bias[0] = 0, -3 if activation is nn.Hardswish else 0
+    x = torch.randn(2, 5, 3)
+    (plain(x) ** 2).sum().backward()
+    model = adcert.convert(copy.deepcopy(plain))
+    model.zero_grad()
+    with Monitor(model, queue=0).step() as step:
+        (model(x) ** 2).sum().backward()
+    assert step.summary["touches"] == 10
+    assert step.certificate().verdict is Verdict.CERTIFIED, step.certificate().reasons
+    for mine, expected in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(mine.grad, expected.grad)
+
+
+def test_in_place_on_a_part_of_a_tensor_is_undecided() -> None:
+    def loss(net: Net) -> Tensor:
+        h = doubled(net)
+        F.relu(h[0], inplace=True)
+        return h.sum()
+
+    assert "CopySlices" in observe(loss).reasons[0]
 
 
 class Replaced(TorchFunctionMode):
