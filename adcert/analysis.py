@@ -6,6 +6,7 @@ certificate of it, on whatever thread.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +25,7 @@ from .decisions import decide_record
 from .differences import RowSet
 from .findings import Findings, Scope
 from .gradients import Gradients
+from .idle import LIGHT, felt
 from .joint import Joint
 from .layers import Graph, Leaves, Order, Tau, order_layers, upstream_records
 from .lists import Coming
@@ -169,6 +171,9 @@ class StepAnalysis:
         scope = Scope(graph, ranks if layered else replace(ranks, bias={}), self.strict, layered)
         fresh: dict[OpRecord, Findings] = {}
         pooled = any(pools(record) for record in self.taus)
+        light = sum(math.prod(record.input_shape) for record in records) <= LIGHT
+        if light and not self.strict and any(record.decides() for record in records):
+            graph.felt = felt(graph)
         for record in records:
             self.bias[record] = ranks.bias[record].kind if record in ranks.bias else "none"
             if not pooled:

@@ -69,7 +69,8 @@ class Leaves:
 class Graph:
     """The graph below some roots: nodes in topological order (consumers first), consumers, records by node.
 
-    ``edges``: ``node.next_functions``, which autograd makes anew each time it is asked.
+    ``edges``: ``node.next_functions``, which autograd makes anew each time it is asked. ``felt``: of every record the
+    outputs that the loss may feel (:mod:`adcert.idle`), if that was asked.
     """
 
     def __init__(self, roots: Sequence[Node], records: Iterable[OpRecord], leaves: Leaves) -> None:
@@ -80,6 +81,7 @@ class Graph:
         self.nodes = self._sorted(roots)
         self.position = {node: index for index, node in enumerate(self.nodes)}
         self.record_of = {record.node: record for record in records if record.node in self.position}
+        self.felt: dict[OpRecord, Tensor] | None = None
         self._leaf: dict[Node, str | None] = {None: None}
         self._arms: dict[Node, _Arms] = {}
         self._tau: dict[OpRecord, Tau] = {}

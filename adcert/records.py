@@ -99,6 +99,10 @@ class OpRecord:
             return self.rho.slope(found, self.output, None, left)
         return self.rho.slope(self.rho.code(found), self.output, found, left)
 
+    def decides(self) -> bool:
+        """Is there a touch or a tie?"""
+        return bool(len(self.touches)) or (self.ties is not None and bool(len(self.ties.windows)))
+
     def touched(self) -> tuple[Tensor, Tensor, Tensor]:
         """(flat unit, number of its kink, side of AD's proxy there) of every touch, int64 [M] each."""
         count = max(1, len(self.sides))

@@ -1,12 +1,14 @@
-"""E2 and E3: units the loss does not depend on near w, whatever their gradient.
+"""E2, E3 and E6: units the loss does not depend on, to first order near w, whatever their gradient.
 
 An output of a recorded operation is irrelevant if every consumer is a recorded operation that ignores it: a window
 in which it loses strictly or whose own output is irrelevant in turn, or an activation in a flat piece of which it lies.
-The closure is recursive; any other consumer (a skip connection, the loss) makes the unit relevant. A zero
-backward gradient or a zero weight is not irrelevance.
+The closure is recursive; any other consumer (a skip connection, the loss) makes the unit relevant, unless
+:mod:`adcert.idle` has shown for the graph that none of them feels it. A zero backward gradient is not irrelevance.
 """
 
 from __future__ import annotations
+
+import math
 
 import torch
 from torch import Tensor
@@ -19,6 +21,9 @@ from .transfer import take
 
 def relevant_outputs(graph: Graph, record: OpRecord, units: Tensor) -> Tensor:
     """bool [K]: may the loss depend, near w, on these outputs (int64 [K], flat) of ``record``?"""
+    if graph.felt is not None:
+        known = graph.felt.get(record)
+        return torch.zeros(len(units), dtype=torch.bool) if known is None else known[units]
     consumers = graph.consumers[record.node]
     records = [graph.record_of.get(node) for node, _, _ in consumers]
     if record.node in graph.roots or not records:
@@ -42,14 +47,36 @@ def relevant_inputs(graph: Graph, record: OpRecord, units: Tensor) -> Tensor:
         return alive & relevant_outputs(graph, record, units)
     if isinstance(record.ties, Choice):
         return record.ties.attained(units)
-    owner, windows, attains = record.ties.places(units)
-    if record.relu:  # where the maximum is 0, negative units are flat and touching ones decide
-        attains = torch.where(_positive(record, windows), attains, _touched(record, units[owner]))
+    owner, windows, attains = _holding(record, units)
     owner, windows = owner[attains], windows[attains]
     kept = owner[relevant_outputs(graph, record, windows)]
     found = torch.zeros(len(units), dtype=torch.bool)
     found[kept] = True
     return found
+
+
+def felt_inputs(record: OpRecord, outputs: Tensor) -> Tensor:
+    """bool [units of y]: may some of these outputs (a mask) depend, near w, on the unit?"""
+    found = torch.zeros(math.prod(record.input_shape), dtype=torch.bool)
+    if record.ties is None:
+        units = torch.nonzero(outputs).flatten()
+        alive = ~record.slopes(units).zero() | _touched(record, units)
+        found[units] = alive if record.own_edge[0] is None else True
+    elif isinstance(record.ties, Choice):
+        found |= outputs.any() & record.ties.attained(torch.arange(len(found)))
+    else:
+        owner, windows, attains = _holding(record, torch.arange(len(found)))
+        found[owner[attains & outputs[windows]]] = True
+    return found
+
+
+def _holding(record: OpRecord, units: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Every (position in ``units``, window that holds that unit), and may the unit be the window's value near w?"""
+    assert isinstance(record.ties, Ties)
+    owner, windows, attains = record.ties.places(units)
+    if record.relu:  # where the maximum is 0, negative units are flat and touching ones decide
+        attains = torch.where(_positive(record, windows), attains, _touched(record, units[owner]))
+    return owner, windows, attains
 
 
 def rectified(graph: Graph, record: OpRecord) -> bool:

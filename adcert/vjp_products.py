@@ -144,8 +144,8 @@ def _linear(walk: Pass, node: Node, g: Slices) -> None:
         above = w_edge[0].next_functions[0] if kind_of(w_edge[0]) == "TBackward" else None
         if above is not None and w_edge[0] not in walk.graph.record_of:
             sink = walk.sink(above)
-            assert sink is not None
-            outer(walk, sink, g, x, turned=True)
+            if sink is not None:
+                outer(walk, sink, g, x, turned=True)
         else:
             outer(walk, w_edge, g, x, turned=False)
     if x_edge[0] is not None:
