@@ -116,9 +116,18 @@ class _Search:
             self.fresh[key] = self.rng.integers(0, PRIME, POINTS)
         return self.fresh[key]
 
+    def prepare(self) -> int:
+        """What comes before the first tie; its number."""
+        for k, op in enumerate(self.program.ops):
+            if isinstance(op, Select):
+                return k
+            self.smooth_op(op, self.linear[k])
+        return len(self.program.ops)
+
     def start(self) -> None:
+        first = self.prepare()
         witness = self.rng.integers(-1000, 1001, len(self.program.parameters)).astype(object)
-        self.descend(0, _Node((), (), witness))
+        self.descend(first, _Node((), (), witness))
 
     def descend(self, k: int, node: _Node) -> None:
         """Everything below a branch. Operation k and later ones overwrite what an earlier branch left."""
@@ -128,10 +137,7 @@ class _Search:
                 for child in self.select(op, node):
                     self.descend(k + 1, child)
                 return
-            if isinstance(op, Poly):
-                self.poly(op, self.linear[k])
-            else:
-                self.smooth(op)
+            self.smooth_op(op, self.linear[k])
             k += 1
         element = self.gradient[self.program.output]
         if self.floating:
@@ -139,6 +145,12 @@ class _Search:
         key = element.tobytes() if element.dtype != object else str(element.tolist()).encode()
         if key not in self.found or self.found[key][1] is None:
             self.found[key] = (element.copy(), node.witness)
+
+    def smooth_op(self, op: Poly | Smooth, linear: Linear | None) -> None:
+        if isinstance(op, Poly):
+            self.poly(op, linear)
+        else:
+            self.smooth(op)
 
     def poly(self, op: Poly, linear: Linear | None) -> None:
         assert linear is not None
@@ -153,12 +165,12 @@ class _Search:
     def _product(self, linear: Linear) -> Array:
         gradient: Array = self.gradient[linear.inputs]
         if self.floating:
-            return np.asarray(linear.matrix @ gradient)
+            return linear.apply(gradient)
         if gradient.dtype == object or linear.matrix.dtype == object:
             return np.asarray(linear.integers @ gradient.astype(object))
         if linear.bound * float(np.abs(gradient).max(initial=0)) >= 2.0**40:
             raise OverflowError
-        return np.asarray(np.rint(linear.matrix @ gradient.astype(np.float64)).astype(np.int64))
+        return np.asarray(np.rint(linear.apply(gradient.astype(np.float64))).astype(np.int64))
 
     def smooth(self, op: Smooth) -> None:
         self.gradient[op.out] = op.slope[:, None] * self.gradient[op.source]
@@ -413,9 +425,10 @@ def follow(program: Program, directions: Array, seed: int = 0) -> Cells:
     search = _Search(program, 0, np.random.default_rng(seed))
     if search.gradient.dtype == np.int64:
         search.gradient = search.gradient.astype(object)
+    first = search.prepare()
     for direction in directions.astype(object):
         search.along = direction
-        search.descend(0, _Node((), (), direction))
+        search.descend(first, _Node((), (), direction))
     width = len(program.parameters)
     return Cells(
         _stack([e for e, _ in search.found.values()], width),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from math import lcm
 
 import numpy as np
@@ -18,6 +19,22 @@ class Linear:
     inputs: Array  # [m] nodes
     matrix: Array  # [n, m]
     bound: float  # largest sum of absolute values in a row
+
+    @cached_property
+    def sparse(self) -> tuple[Array, Array] | None:
+        """Where most entries are 0: per row the places [n, K] and values [n, K] of the others."""
+        width = int((self.matrix != 0).sum(axis=1).max(initial=0))
+        if width * 8 > self.matrix.shape[1]:
+            return None
+        places = np.argsort(self.matrix == 0, axis=1, kind="stable")[:, :width]
+        return places, np.take_along_axis(self.matrix, places, axis=1)
+
+    def apply(self, gradient: Array) -> Array:
+        """The matrix times [m, P], both in floats."""
+        if self.sparse is None:
+            return np.asarray(self.matrix @ gradient)
+        places, entries = self.sparse
+        return np.einsum("nk,nkp->np", entries, gradient[places])
 
     @property
     def integers(self) -> Array:

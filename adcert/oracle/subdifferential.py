@@ -217,7 +217,7 @@ class Evidence:
         rng = np.random.default_rng((self.seed, seed))
         width = len(self.local.parameters)
         if self.local.smooth:
-            generic = rng.integers(-1000, 1001, (min(samples, 300), width)) * 2 ** rng.integers(0, 8, (1, width))
+            generic = rng.integers(-1000, 1001, (min(samples // 4, 300), width)) * 2 ** rng.integers(0, 8, (1, width))
             self._add(follow(self.local, np.concatenate([generic, *map(np.atleast_2d, directions)]), self.seed))
             return
         for block in random_arcs(self.local.slices, width, samples, directions, rng):

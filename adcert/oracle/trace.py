@@ -276,13 +276,14 @@ class _Tracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
             raise RuntimeError(f"the oracle's values of {name} are not torch's: a mistake in the oracle")
         graph.exact = False
         result = nodes.copy()
-        for at in np.argwhere(off):
-            k = tuple(at)
-            target: Fraction | float = float(got[k])
-            if not graph.loose:
-                target = Fraction(target)
-            delta = graph.number(target - (values[k] if graph.loose else graph.value(nodes[k])))
-            result[k] = graph.poly(np.array([[nodes[k], delta]]), np.array([[ONE, ONE]]), [target])[0]
+        targets = got[off].tolist()
+        if graph.loose:
+            deltas = [graph.number(float(x)) for x in got[off] - values[off]]
+        else:
+            targets = [Fraction(x) for x in targets]
+            deltas = [graph.number(x - graph.value(n)) for x, n in zip(targets, nodes[off], strict=True)]
+        terms = np.stack([nodes[off], np.array(deltas)], axis=-1)
+        result[off] = graph.poly(terms, np.full(terms.shape, ONE), targets)
         return result
 
 
