@@ -201,7 +201,7 @@ def _troubled(scope: Scope, systems: dict[int, list[RowSet]], doubts: bool) -> N
         return solve(System(few[rank][0].op, rank, few[rank], shapes), short=True)
 
     if not doubts and all(block.direction is not None for rank in partly for block in solved(rank).blocks):
-        raise Refused("a backward pass of this step had directions without it, and its rows were not kept")
+        raise Refused("in one backward pass the rows that reach several layers have directions, and were not kept")
     for rank in few.keys() - set(partly):
         if solved(rank).empty:
             _hopeless(few[rank])
