@@ -20,7 +20,7 @@ import torch
 from .balls import Ball
 from .differences import Differences
 from .layers import ACCUMULATE, Graph, kind_of, shape_of
-from .movement import signed
+from .movement import PERMUTATIONS, permutation
 from .normalization import BATCH_NORM
 from .records import Node
 from .rules import NUMBERED, RULES
@@ -82,7 +82,7 @@ def _bytes_per_row(graph: Graph, edge: tuple[Node, int]) -> int:
 
 
 _SPLITTING = frozenset(f"{name}Backward" for name in "View UnsafeView ReshapeAlias Mm Addmm".split())
-_MIXING = frozenset(f"{name}Backward" for name in "Permute Transpose Flip Roll Cat Index".split())
+_MIXING = frozenset(f"{name}Backward" for name in "Permute Transpose T Flip Roll Cat Index".split())
 
 
 def _couples(node: Node) -> bool:
@@ -103,10 +103,7 @@ def _couples(node: Node) -> bool:
 
 
 def _moves_samples(node: Node) -> bool:
-    kind, rank = kind_of(node), len(shape_of(node, 0))
-    if kind == "TransposeBackward":
-        return 0 in (signed(node._saved_dim0) % rank, signed(node._saved_dim1) % rank)
-    return kind != "PermuteBackward" or signed(node._saved_dims[0]) % rank != 0
+    return kind_of(node) not in PERMUTATIONS or permutation(node)[:1] not in ([], [0])
 
 
 class Pass:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .differences import broadcast_index
 from .layers import Graph, kind_of, shape_of
-from .movement import signed
+from .movement import PERMUTATIONS, permutation
 from .normalization import BATCH_NORM
 from .records import Node, OpRecord
 from .rows import SAME_UNITS, alpha_of
@@ -98,8 +98,9 @@ def _search(graph: Graph, edge: tuple[Node, int], units: _Map, own: frozenset[st
         return _search(graph, node.next_functions[0], units, own)
     if kind == "AddBackward" and alpha_of(node) == 1:
         return _search_sum(graph, edge, units, own)
-    if kind in ("PermuteBackward", "TransposeBackward", "TBackward"):
-        found = _search(graph, node.next_functions[0], partial(_permuted, units, shape_of(*edge), _order(node)), own)
+    if kind in PERMUTATIONS:
+        moved = partial(_permuted, units, shape_of(*edge), permutation(node))
+        found = _search(graph, node.next_functions[0], moved, own)
         return None if found is None else (*found[:2], 1)
     slot = _SLOTS.get(kind)
     if slot is None or (kind == "AddmmBackward" and (node._saved_alpha != 1 or node._saved_beta != 1)):
@@ -134,19 +135,6 @@ def _added(
         return None
     inner = math.prod(shape[2:])
     return leaf, lambda u: units(u) // inner % entries, inner
-
-
-def _order(node: Node) -> list[int]:
-    """Which dimension of its input every dimension of a permutation's output is."""
-    rank = len(shape_of(node, 0))
-    order = list(range(rank))
-    if kind_of(node) == "PermuteBackward":
-        return [signed(d) % rank for d in node._saved_dims]
-    if kind_of(node) == "TransposeBackward":
-        first, second = signed(node._saved_dim0) % rank, signed(node._saved_dim1) % rank
-        order[first], order[second] = order[second], order[first]
-        return order
-    return order[::-1]
 
 
 def _permuted(units: _Map, out: tuple[int, ...], order: list[int], index: Tensor) -> Tensor:

@@ -66,6 +66,22 @@ def _table(ones: Tensor | None, node: Node) -> Tensor | None:
     return torch.where(ones.reshape(-1) == 1, 0, -(1 << 62))
 
 
+PERMUTATIONS = frozenset(["PermuteBackward", "TransposeBackward", "TBackward"])
+
+
+def permutation(node: Node) -> list[int]:
+    """Which dimension of its input every dimension of a permutation's output is."""
+    rank = len(shape_of(node, 0))
+    order = list(range(rank))
+    if kind_of(node) == "PermuteBackward":
+        return [signed(d) % rank for d in node._saved_dims]
+    if kind_of(node) == "TransposeBackward":
+        first, second = signed(node._saved_dim0) % rank, signed(node._saved_dim1) % rank
+        order[first], order[second] = order[second], order[first]
+        return order
+    return order[::-1]
+
+
 # ---- copies: every unit of the output is one of the input, or a constant ---------------------------------------
 
 

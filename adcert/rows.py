@@ -226,9 +226,13 @@ def _group_norm(walk: Walk, node: Node, number: int, d: Differences, owner: Tens
 
 
 def _constant_factor(walk: Walk, node: Node, number: int, d: Differences, owner: Tensor, scaled: bool) -> bool:
-    """A product with a constant: differences of units with one factor, and units alone, are scaled."""
+    """A product or quotient with a constant: differences of units with one factor, and units alone, are scaled.
+
+    Of a divisor the sign and where it is equal matter alone; the audit has seen that it is nowhere 0.
+    """
+    quotient = kind_of(node) == "DivBackward"
     slots = [slot for slot, edge in enumerate(node.next_functions) if edge[0] is not None]
-    if len(slots) != 1:
+    if len(slots) != 1 or (quotient and (slots != [0] or getattr(node, "_saved_rounding_mode", None) is not None)):
         return False
     factor, out = getattr(node, "_saved_self" if slots[0] else "_saved_other", None), shape_of(node, number)
     if isinstance(factor, (int, float)):
@@ -267,6 +271,7 @@ _RULES: dict[str, _Rule] = {
     **dict.fromkeys(["WhereBackward", "MaskedFillBackward"], _chosen),
     **dict.fromkeys(["NativeGroupNormBackward", "NativeLayerNormBackward"], _group_norm),
     "MulBackward": _constant_factor,
+    "DivBackward": _constant_factor,
     **dict.fromkeys(BATCH_NORM, _batch_norm),
     "ConvolutionBackward": patches.convolution,
     "AddmmBackward": patches.linear,

@@ -90,6 +90,8 @@ def _attention(walk: Pass, node: Node, g: Slices) -> None:
     width = query.shape[-1]
     scale = Ball(torch.full((), float(given), dtype=torch.float64)) if given is not None else _root_of(width)
     scores = matmul(q, _turned(k)) * scale
+    if not bool(torch.isfinite(scores.value).all()):  # minus infinity is to mean hidden, and nothing else
+        raise Unsupported(f"{node.name()} with infinite scores")
     hidden = _hidden(node, g, query, key)
     if hidden is not None:
         scores = _masked(scores, hidden)

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from . import balls
 from .balls import SLACK, UNIT, Ball
 from .layers import kind_of, shape_of
-from .movement import MOVES, PARTS, SOURCES, readers, signed, sources
+from .movement import MOVES, PARTS, PERMUTATIONS, SOURCES, permutation, readers, signed, sources
 from .records import Node
 from .slices import Slices, padded, to_dense
 from .vjp import Rule, Unsupported, needed, saved, send, send_dense
@@ -41,13 +41,26 @@ def _moved(walk: Pass, node: Node, g: Slices) -> None:
     moved(walk, node, 0, g)
 
 
+def _permute(walk: Pass, node: Node, g: Slices) -> None:
+    """The inverse permutation; slices stay slices where the first dimension stays first."""
+    order = permutation(node)
+    back = [order.index(d) for d in range(len(order))]
+    edge = node.next_functions[0]
+    if not order or order[0] == 0:
+        send(walk, edge, g, g.data.map(lambda t: t.permute(back) if back else t))
+    else:
+        send_dense(walk, edge, to_dense(walk.count, g).map(lambda t: t.permute(0, *(1 + d for d in back))))
+
+
 def _gather(walk: Pass, edge: tuple[Node, int], g: Slices, table: Tensor) -> None:
     """``table``: int64 [input units], the output unit each goes to, -1 for none."""
 
     def along(index: Tensor) -> Callable[[Tensor], Tensor]:
         known = index >= 0
         safe = index.clamp(min=0)
-        return lambda t: torch.where(known, t.reshape(len(t), -1)[:, safe], 0.0)
+        if bool(known.all()):
+            return lambda t: t.reshape(len(t), -1).index_select(1, index)
+        return lambda t: torch.where(known, t.reshape(len(t), -1).index_select(1, safe), 0.0)
 
     shape = padded(shape_of(*edge))
     local = _local(table, shape[0], math.prod(g.shape[1:])) if shape[0] == g.shape[0] else None
@@ -211,6 +224,7 @@ SUMS = "ScatterAdd Col2Im Sum Trace"
 NUMBERED = dict.fromkeys(PARTS, moved)
 RULES: dict[str, Rule] = {
     **dict.fromkeys(MOVES, _moved),
+    **dict.fromkeys(PERMUTATIONS, _permute),
     **dict.fromkeys([f"{name}Backward" for name in SUMS.split()], _moved),
     **dict.fromkeys(SOURCES, _scatter),
     "MeanBackward": _mean,

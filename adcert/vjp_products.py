@@ -21,6 +21,7 @@ from .vjp import (
     Sink,
     Unsupported,
     add_rows,
+    deliver,
     needed,
     scaled,
     send,
@@ -162,6 +163,7 @@ def outer(walk: Pass, sink: Sink, g: Slices, x: Tensor, turned: bool) -> None:
     features = x.shape[1]
     size = int(counts.max()) * (features + g.shape[1]) + features * g.shape[1]
     step = max(1, BUDGET // (64 * max(1, size)))
+    parts: list[Ball] = []
 
     def product(t: Tensor, w: Tensor) -> Tensor:
         return t.transpose(1, 2) @ w if turned else w.transpose(1, 2) @ t
@@ -178,7 +180,24 @@ def outer(walk: Pass, sink: Sink, g: Slices, x: Tensor, turned: bool) -> None:
 
         data = g.data.map(lambda t, c=chosen: t[c]).map(stack)  # type: ignore[misc]
         fixed = stack(pick(x, g.sample[chosen]).to(torch.float64))
-        add_rows(walk, sink, rows[start : start + step], balls.linear(product, data, fixed, depth))
+        parts.append(balls.linear(product, data, fixed, depth))
+    deliver(walk, sink, _placed(walk.count, rows, parts))
+
+
+def _placed(count: int, rows: Tensor, parts: list[Ball]) -> Ball:
+    """[count, ...]: the entries of ``parts``, one after the other, in these distinct rows."""
+    exact = all(part.radius is None for part in parts)
+    shape = parts[0].value.shape[1:]
+    value = torch.zeros(count, *shape, dtype=torch.float64)
+    radius = None if exact else torch.zeros_like(value)
+    start = 0
+    for part in parts:
+        here = rows[start : start + len(part.value)]
+        value[here] = part.value
+        if radius is not None and part.radius is not None:
+            radius[here] = part.radius
+        start += len(part.value)
+    return Ball(value, radius)
 
 
 def _batched(walk: Pass, node: Node, g: Slices) -> None:

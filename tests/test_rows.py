@@ -303,6 +303,14 @@ def test_a_constant_factor_scales_and_turns_differences():
     assert rows == [[1.0, -1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0], [0.0] * 4, [0.0, 1.0, 0.0, 0.0], [0.0] * 4]
 
 
+def test_a_constant_divisor_scales_and_turns_differences():
+    w = param([1.0, 2.0, 3.0])
+    seen = look(lambda probe: probe.relu(w / torch.tensor([2.0, 2.0, -4.0], dtype=torch.float64)), w=w)
+    found = expand(seen.graph, seen.records[0].edge, pairs((0, 1), (2, -1), (0, 2)))
+    assert found.hard.tolist() == [False, False, True]
+    assert dense_rows(seen, found)["w"].tolist()[:2] == [[1.0, -1.0, 0.0], [0.0, 0.0, -1.0]]
+
+
 def test_a_computed_weight_is_hard():
     w = param([[1.0, 2.0]])
     x = integers((2, 2), 1)
