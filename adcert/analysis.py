@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .adopted import adopt
 from .audit import audit_graph
 from .between import entangled, joined
 from .certificate import Block
@@ -86,6 +87,7 @@ class StepAnalysis:
         self.roots |= losses
         coming = Coming(watch.recorder, [] if again else roots)
         graph = Graph(nodes, watch.recorder.records, self.leaves)
+        adopt(graph, watch.recorder, watch.origin)
         records = [graph.record_of[node] for node in graph.nodes if node in graph.record_of]
         reasons = self._audit(graph, inputs, watch)
         flags = Batch([flag for _, flag in reasons if flag is not None])

@@ -291,6 +291,35 @@ def _sorted(recorder: Recorder, call: Call) -> Any:
     return recorder.chosen(x, call.name, call.run, choice)
 
 
+def _msort(recorder: Recorder, call: Call) -> Any:
+    x = call.given["input"]
+    if x.dim() == 0:
+        return NotImplemented
+
+    def choice(result: Tensor) -> Choice:
+        node: Any = result.grad_fn
+        return choices.ordered(x.detach(), result.detach(), node._saved_indices, 0, descending=False)
+
+    return recorder.chosen(x, call.name, call.run, choice)
+
+
+def _running(largest: bool) -> Handler:
+    """``cummax`` and ``cummin``: every output is an extremum of the entries up to its own place."""
+
+    def handle(recorder: Recorder, call: Call) -> Any:
+        x = call.given["input"]
+        if x.dim() == 0:
+            return NotImplemented
+        dim = int(call.given["dim"]) % x.dim()
+
+        def choice(result: Any) -> Choice:
+            return choices.running(x.detach(), result[0].detach(), result[1], dim, largest=largest)
+
+        return recorder.chosen(x, call.name, call.run, choice)
+
+    return handle
+
+
 def _topk(recorder: Recorder, call: Call) -> Any:
     given, x = call.given, call.given["input"]
     if not given["sorted"] or x.dim() == 0 or int(given["k"]) < 1:
@@ -433,6 +462,9 @@ for _largest, _names in ((True, ("max", "amax")), (False, ("min", "amin"))):
         _amax(_largest),
     )
 _enter([torch.sort, Tensor.sort], "dim descending", {"dim": -1, "descending": False}, _sorted)
+_enter([torch.msort, Tensor.msort], "", {}, _msort)
+_enter([torch.cummax, Tensor.cummax], "dim", {}, _running(True))
+_enter([torch.cummin, Tensor.cummin], "dim", {}, _running(False))
 _enter([torch.topk, Tensor.topk], "k dim largest sorted", {"dim": -1, "largest": True, "sorted": True}, _topk)
 _enter([torch.median, Tensor.median], "dim keepdim", _KEEP, _statistic(lambda given, size: (size - 1) // 2))
 _enter(

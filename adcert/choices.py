@@ -233,6 +233,25 @@ def ordered(x: Tensor, values: Tensor, indices: Tensor, dim: int, *, descending:
     return Choice(torch.unique(owner), owner, plus, minus, chosen, linked=True)
 
 
+def running(x: Tensor, values: Tensor, indices: Tensor, dim: int, *, largest: bool) -> Choice:
+    """The choice of a running maximum or minimum along one dimension: among the entries up to each place."""
+    chosen = _flat(x.shape, indices, dim)
+    found = []
+    for place in range(x.shape[dim]):
+        head = x.narrow(dim, 0, place + 1) == values.narrow(dim, place, 1)
+        members = torch.nonzero(head)
+        member = _ravel(members, x.shape)
+        members[:, dim] = place
+        owner = _ravel(members, x.shape)
+        found.append(torch.stack([owner, chosen.reshape(-1)[owner], member]))
+    owner, winner, member = torch.cat(found, 1) if found else chosen.new_zeros((3, 0))
+    other = winner != member
+    owner, winner, member = owner[other], winner[other], member[other]
+    order = torch.argsort(owner, stable=True)
+    pair = (winner[order], member[order]) if largest else (member[order], winner[order])
+    return Choice(torch.unique(owner), owner[order], *pair, chosen)
+
+
 def ranked(x: Tensor, values: Tensor, indices: Tensor, dim: int, rank: int) -> Choice:
     """The choice of an order statistic over one dimension (kept, of size 1): the entry of this rank from below.
 

@@ -248,7 +248,7 @@ class Recorder:
         """Tell the witness that ``x`` is read; the record's own name, which :meth:`_add` uses."""
         if self.witness is not None:
             self.witness.reads(x, name)
-        self._name = self._unique(name)
+        self._name = self.unique(name)
         return self._name
 
     @contextlib.contextmanager
@@ -264,7 +264,8 @@ class Recorder:
         """Something of the step was enqueued on the current stream of a GPU."""
         self.streams[torch.cuda.current_stream(device)] = None
 
-    def _unique(self, name: str) -> str:
+    def unique(self, name: str) -> str:
+        """The name, with a number from the second use on."""
         uses = self._uses[name] = self._uses.get(name, 0) + 1
         return name if uses == 1 else f"{name}#{uses}"
 

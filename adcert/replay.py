@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
 from . import records
+from .adopted import adopt
 from .certificate import FREE
 from .conclusion import Prints
 from .errors import AdcertError
@@ -136,6 +137,7 @@ def _prints(closure: Callable[[], Tensor], model: torch.nn.Module, devices: list
         loss = closure()
     Coming(recorder).wait()
     graph = Graph([loss.grad_fn], recorder.records, Leaves(model))
+    adopt(graph, recorder, watch.origin)
     return {record.name: Prints.of(record).digest() for record in recorder.records if record.node in graph.position}
 
 

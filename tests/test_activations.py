@@ -214,3 +214,28 @@ def test_two_kinks_take_two_proxies() -> None:
     module(x).sum().backward()
     assert x.grad is not None
     assert x.grad.tolist() == [1.0, 1.0, 0.0]
+
+
+# ---- kinks inside torch's own functions ------------------------------------------------------------
+
+
+def test_a_kink_inside_a_function_is_found_in_the_graph() -> None:
+    """|prediction - target| of l1_loss: AD says 0 where they agree, which is between the sides."""
+    linear = nn.Linear(1, 2, dtype=torch.float64)
+    with torch.no_grad():
+        linear.weight.fill_(1.0)
+        linear.bias.zero_()
+    x, target = torch.ones(1, 1, dtype=torch.float64), torch.tensor([[1.0, 3.0]], dtype=torch.float64)
+    certificate = certify(lambda: F.l1_loss(linear(x), target), linear)
+    assert (certificate.verdict, certificate.claim) == (Verdict.CERTIFIED, "clarke"), certificate.reasons
+    assert certificate.layers[0].touches == 1
+    assert certificate.layers[0].name.startswith("abs (l1_loss at test_activations.py")
+
+
+def test_a_clamp_inside_normalize_is_found_where_it_is_touched() -> None:
+    w = nn.Parameter(torch.tensor([[3.0, 4.0]], dtype=torch.float64))
+    model = nn.ParameterList([w])
+    assert certify(lambda: F.normalize(w).sum(), model).verdict is Verdict.CERTIFIED
+    touched = certify(lambda: F.normalize(w, eps=5.0).sum(), model)
+    assert touched.layers[0].touches == 1, touched.reasons
+    assert touched.verdict is Verdict.CERTIFIED, touched.reasons

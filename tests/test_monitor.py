@@ -214,7 +214,6 @@ def test_weight_tying_along_the_depth_has_no_layers() -> None:
         (lambda z: F.hardshrink(z - z + 0.5), "hardshrink"),
         (lambda z: F.threshold(z, 1.0, 2.0), "threshold"),
         (lambda z: torch.clamp(z - z, min=torch.zeros(2, dtype=z.dtype)), "clamp"),
-        (lambda z: z.cummax(1).values, "cummax"),
         (lambda z: z.topk(2, sorted=False).values, "topk"),
         (lambda z: z.norm(p=1), "norm"),
     ],
