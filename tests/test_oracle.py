@@ -17,7 +17,8 @@ from adcert import oracle
 from adcert.oracle.arcs import Arcs
 from adcert.oracle.cells import Cells, enumerate_cells
 from adcert.oracle.hull import alternative, in_hull, null_vector
-from adcert.oracle.program import Array, Program, localized
+from adcert.oracle.localize import localized
+from adcert.oracle.program import Array, Program
 from adcert.oracle.replay import moved
 from adcert.oracle.subdifferential import Evidence
 

@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from .layers import reduced
 from .program import MAX, MIN, ZERO, Array, Graph, OracleError
-from .rules import Call, Rule, reduced, rows, rule
+from .rules import Call, Rule, rows, rule
 
 # ---- activations -------------------------------------------------------------------------------------
 

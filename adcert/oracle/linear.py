@@ -34,7 +34,7 @@ class Linear:
         if self.sparse is None:
             return np.asarray(self.matrix @ gradient)
         places, entries = self.sparse
-        return np.einsum("nk,nkp->np", entries, gradient[places])
+        return np.asarray(np.einsum("nk,nkp->np", entries, gradient[places]))
 
     @property
     def integers(self) -> Array:

@@ -11,9 +11,11 @@ import numpy as np
 from torch import Tensor
 
 from .cells import enumerate_cells
-from .program import Array, OracleError, Poly, Program, Select, localized
+from .gradients import Closure, ad_gradient, flatten
+from .localize import localized
+from .program import Array, OracleError, Poly, Program, Select
 from .sampling import noise
-from .subdifferential import BUDGET, SAMPLES, Closure, Evidence, Judgement, ad_gradient, flatten, judge
+from .subdifferential import BUDGET, SAMPLES, Evidence, Judgement, judge
 from .trace import Parameters, trace
 
 __all__ = ["Confirmation", "Replay", "confirm", "replays"]

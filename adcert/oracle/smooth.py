@@ -14,22 +14,9 @@ import numpy as np
 import torch
 
 from .kinks import modulus
+from .layers import affine, batch_norm_eval, matmul, reduced, square_of
 from .program import MAX, ONE, ZERO, Array, Graph, OracleError
-from .rules import (
-    Call,
-    Rule,
-    affine,
-    batch_norm_eval,
-    inverted,
-    matmul,
-    mean_of,
-    power,
-    reduced,
-    rows,
-    rule,
-    square_of,
-    variance_of,
-)
+from .rules import Call, Rule, inverted, mean_of, power, rows, rule, variance_of
 
 Scalar = Callable[[Any], Any]  # on float64 tensors
 

@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from math import lcm
-from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from .arcs import Arcs
 from .cells import Cells, enumerate_cells, follow
+from .gradients import Closure, Gradient, ad_gradient, flatten
 from .hull import Hull, in_hull, near_hull
-from .program import Array, Program, localized
+from .localize import localized
+from .program import Array, Program
 from .sampling import arcs as random_arcs
-from .trace import Parameters, trace, trainable
+from .trace import Parameters, trace
 
 __all__ = ["Element", "Judgement", "Subdifferential", "ad_gradient", "judge", "subdifferential"]
 
 SAMPLES = 240
 BUDGET = 2000
 SMALL = 150  # decisions that are tried before any sampling
-
-Closure = Callable[[], Tensor]
-Gradient = Mapping[str, Any] | Sequence[Any] | Tensor | Array
 
 
 @dataclass(frozen=True)
@@ -76,6 +72,7 @@ class Subdifferential:
     computed) or some piece is not a polynomial. ``tolerance``: as how much rounded a gradient is taken.
     ``slices``: parameter name -> its entries. ``scaled`` (integers [m, P]) times ``unit`` are the elements.
 
+    >>> import torch
     >>> w = torch.zeros(1, requires_grad=True)
     >>> known = subdifferential(lambda: w.abs().sum(), [w])
     >>> sorted(int(e.gradient[0]) for e in known.elements), known.complete
@@ -127,57 +124,6 @@ class Subdifferential:
         point = flatten(g, self.slices)
         room = self.tolerance if tolerance is None else tolerance
         return _decide(self, point, Fraction(room) * (1 + max(map(abs, point), default=0)) if room else Fraction(0))
-
-
-def flatten(g: Gradient, slices: dict[str, slice]) -> list[Fraction]:
-    """g as exact numbers in the order of the parameters; a missing or None gradient is 0."""
-    width = max((s.stop for s in slices.values()), default=0)
-    if isinstance(g, Mapping):
-        unknown = set(g) - set(slices)
-        if unknown:
-            raise KeyError(f"no parameter named {sorted(unknown)}")
-        parts = [g.get(name) for name in slices]
-    elif isinstance(g, Tensor | np.ndarray) or not any(isinstance(x, Tensor) or x is None for x in g):
-        flat = g.detach().flatten().tolist() if isinstance(g, Tensor) else np.asarray(g, dtype=object).ravel().tolist()
-        if len(flat) != width:
-            raise ValueError(f"the gradient has {len(flat)} entries, the parameters have {width}")
-        return [_exactly(x) for x in flat]
-    else:
-        parts = list(g)
-        if len(parts) != len(slices):
-            raise ValueError(f"{len(parts)} gradients for {len(slices)} parameters")
-    numbers: list[Fraction] = []
-    for part, (name, entries) in zip(parts, slices.items(), strict=True):
-        count = entries.stop - entries.start
-        values = [0] * count if part is None else torch.as_tensor(part).detach().flatten().tolist()
-        if len(values) != count:
-            raise ValueError(f"the gradient of {name} has {len(values)} entries, not {count}")
-        numbers += map(_exactly, values)
-    return numbers
-
-
-def _exactly(x: Any) -> Fraction:
-    try:
-        return Fraction(x) if isinstance(x, int | float | Fraction) else Fraction(float(x))
-    except (ValueError, OverflowError):
-        raise ValueError("the gradient is not finite") from None
-
-
-def ad_gradient(closure: Closure, parameters: Parameters) -> dict[str, Tensor]:
-    """PyTorch's gradient of the closure with respect to the trainable parameters, by name.
-
-    >>> w = torch.zeros(1, requires_grad=True)
-    >>> ad_gradient(lambda: w.abs().sum(), {"w": w})
-    {'w': tensor([0.])}
-    """
-    named = trainable(parameters)
-    with torch.enable_grad():
-        loss = closure()
-        if not loss.requires_grad:
-            return {name: torch.zeros_like(p) for name, p in named.items()}
-        found = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
-    pairs = zip(named.items(), found, strict=True)
-    return {name: (torch.zeros_like(p) if g is None else g).detach() for (name, p), g in pairs}
 
 
 class Evidence:
@@ -279,6 +225,7 @@ def subdifferential(
 
     Raises :class:`OracleError` for an operation it does not know, and where f is not continuous or not finite.
 
+    >>> import torch
     >>> w = torch.zeros(2, requires_grad=True)
     >>> known = subdifferential(lambda: torch.maximum(w[0], 2 * w[1]), [w])
     >>> sorted([int(x) for x in e.gradient] for e in known.elements)
@@ -307,6 +254,7 @@ def judge(
     limits of gradients; False only with a separation from everything that the complete enumeration of cells allows. A
     sampled hull alone never yields False: it misses narrow cells.
 
+    >>> import torch
     >>> w = torch.zeros(1, requires_grad=True)
     >>> judge(lambda: (w.relu() - (-w).relu()).sum(), [w]).member
     False

@@ -3,8 +3,8 @@
 Every float in memory is either a constant (whatever it holds) or a node of the graph. The memory is followed by
 storage and place, so that views, slices, in-place operations, tied weights and functional calls need no care: an
 operation reads nodes at the places of its arguments and writes nodes at those of its results. What an operation
-computes is said by ``rules`` (polynomials, moves), ``kinks`` (maxima) and ``smooth``; another operation on values that
-depend on parameters is an OracleError with its name.
+computes is said by ``rules`` (sums, moves), ``layers``, ``kinks`` (maxima) and ``smooth``; another operation on values
+that depend on parameters is an OracleError with its name.
 
 Values are taken as computed: where torch's result differs from the exact one, the difference is added as a constant,
 and the program says that it is not exact. What is read into Python, computed under ``no_grad`` or detached, is a
@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from . import kinks as kinks
+from . import layers as layers
 from . import smooth as smooth
 from .program import ONE, Array, Graph, OracleError, Program
 from .rules import RULES, Arg, Call
