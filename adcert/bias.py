@@ -59,27 +59,22 @@ def partly_biased(graph: Graph, record: OpRecord, own: frozenset[str]) -> bool:
 
 
 def _paths(graph: Graph, record: OpRecord, leaf: str) -> int:
-    """Number of paths from y to a leaf inside the layer; on a single one the coefficient is the path's alone."""
-    known: dict[Node, int] = {}
-    stack: list[Node] = [record.edge[0]]
+    """Number of paths from y to a leaf inside the layer; on a single one the coefficient is the path's alone.
+
+    Counted from the leaf: few nodes read a bias before the next recorded operation does.
+    """
+    end, start = record.edge[0], graph.accumulator(leaf)
+    found, stack = {start}, [start]
     while stack:
-        node = stack[-1]
-        if node in known:
-            stack.pop()
-            continue
-        sources = [] if node is None or node in graph.record_of else [source for source, _ in graph.edges[node]]
-        missing = [source for source in sources if source is not None and source not in known]
-        if missing:
-            stack += missing
-            continue
-        if node in graph.record_of:
-            known[node] = 0
-        else:
-            known[node] = int(graph.leaf(node) == leaf and not sources) + sum(
-                known[s] for s in sources if s is not None
-            )
-        stack.pop()
-    return known[record.edge[0]]
+        node = stack.pop()
+        for user, _, _ in graph.consumers.get(node, ()) if node is not end else ():
+            if user not in found and user not in graph.record_of:
+                found.add(user)
+                stack.append(user)
+    counts: dict[Node, int] = {end: 1}
+    for node in sorted(found - {end}, key=graph.position.__getitem__):
+        counts[node] = sum(counts.get(user, 0) for user, _, _ in graph.consumers.get(node, ()))
+    return counts[start]
 
 
 _Map = Callable[[Tensor], Tensor]

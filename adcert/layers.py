@@ -83,6 +83,7 @@ class Graph:
         self.record_of = {record.node: record for record in records if record.node in self.position}
         self.felt: dict[OpRecord, Tensor] | None = None
         self._leaf: dict[Node, str | None] = {None: None}
+        self._accumulators: dict[str, Node] = {}
         self._arms: dict[Node, _Arms] = {}
         self._tau: dict[OpRecord, Tau] = {}
 
@@ -119,6 +120,13 @@ class Graph:
         if node not in self._leaf:
             self._leaf[node] = self._find_leaf(node)
         return self._leaf[node]
+
+    def accumulator(self, leaf: str) -> Node:
+        """The node that accumulates the gradient of a leaf of this graph."""
+        if not self._accumulators:
+            nodes = (node for node in self.nodes if not self.edges[node] and self.leaf(node) is not None)
+            self._accumulators = {str(self.leaf(node)): node for node in nodes}
+        return self._accumulators[leaf]
 
     def _find_leaf(self, node: Any) -> str | None:
         name = "" if node is None else node.name()

@@ -165,7 +165,10 @@ class Watch(TorchFunctionMode):
             return self._backward(func, args, kwargs)
         if types and not all(map(plain, types)):
             self.problems[f"a class of tensors takes {func.__name__}{caller()} into its own hands"] = None
-        tensors = list_tensors(args, kwargs)
+        tensors: list[Tensor] = []
+        _gather(args, tensors)
+        if kwargs:
+            _gather(kwargs.values(), tensors)
         if not (any([t.requires_grad for t in tensors]) or self._concerned(tensors)):
             if func in _OPEN:
                 self.assumptions[f"constants whose memory was handed out{caller()} are not written through it"] = None
@@ -471,6 +474,9 @@ class _Call:
         return pastes
 
 
+_ATOMS = frozenset({int, float, bool, str, type(None), torch.dtype, torch.device, torch.Size})
+
+
 def list_tensors(*values: Any) -> list[Tensor]:
     """Every tensor inside nested lists, tuples, dicts and slices."""
     found: list[Tensor] = []
@@ -480,7 +486,12 @@ def list_tensors(*values: Any) -> list[Tensor]:
 
 def _gather(values: Iterable[Any], found: list[Tensor]) -> None:
     for value in values:
-        if isinstance(value, Tensor):
+        kind = type(value)
+        if kind is Tensor or kind is Parameter:  # nearly all values, told quickly
+            found.append(value)
+        elif kind in _ATOMS:
+            continue
+        elif isinstance(value, Tensor):
             found.append(value)
         elif isinstance(value, (list, tuple)):
             _gather(value, found)
