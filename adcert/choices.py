@@ -6,7 +6,6 @@ in AD's order along a direction (:meth:`pairs`).
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from . import ops
 from .transfer import host, take
 
 
@@ -278,46 +278,13 @@ def windowed(x: Tensor, output: Tensor, chosen: Tensor, axes: Sequence[Tensor]) 
     where there is none.
     ``chosen``: flat input of every output.
     """
-    first = x.dim() - len(axes)
-    planes = math.prod(x.shape[:first])
-    image = x.reshape(planes, *x.shape[first:])
-    pooled = output.reshape(planes, *output.shape[first:])
-    count = torch.zeros(pooled.shape, dtype=torch.int64, device=x.device)
-    cells = list(itertools.product(*(range(axis.shape[-1]) for axis in axes)))
-    for cell in cells:
-        count += _attaining(image, pooled, axes, cell)[0]
-    if not bool((count > 0).all()):
+    found = ops.window_ties(x, output, [axis.to(x.device) for axis in axes])
+    if int(found.counts[3]):
         raise ValueError("an output of a pooling is not in the window it should come from")
-    found = []
-    for cell in cells if bool((count > 1).any()) else ():
-        equal, inputs = _attaining(image, pooled, axes, cell)
-        places = torch.nonzero((equal & (count > 1)).reshape(-1)).flatten()
-        found.append(torch.stack([places, inputs.reshape(-1)[places]]))
-    owner, member = torch.cat(found, 1) if found else count.new_zeros((2, 0))
-    winner = chosen.reshape(-1)[owner]
-    other = member != winner
-    owner, winner, member = owner[other], winner[other], member[other]
-    order = torch.argsort(owner, stable=True)
-    return Choice(torch.unique(owner), owner[order], winner[order], member[order], chosen)
-
-
-def _attaining(image: Tensor, pooled: Tensor, axes: Sequence[Tensor], cell: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """For one cell of every window: does its input equal the output, and the input's flat index."""
-    inside = torch.ones(pooled.shape, dtype=torch.bool, device=image.device)
-    place = torch.zeros(pooled.shape, dtype=torch.int64, device=image.device)
-    for number, (axis, at) in enumerate(zip(axes, cell, strict=True)):
-        index = axis[..., at].to(image.device)
-        shape = [1] * pooled.dim()
-        shape[number + 1] = index.shape[-1]
-        shape[0] = index.shape[0] if index.dim() == 2 else 1
-        index = index.reshape(shape)
-        inside = inside & (index >= 0)
-        place = place * image.shape[number + 1] + index.clamp(min=0)
-    planes = image.shape[0]
-    picked = image.reshape(planes, -1).gather(1, place.reshape(planes, -1)).reshape(pooled.shape)
-    size = math.prod(image.shape[1:])
-    start = (torch.arange(planes, device=image.device) * size).reshape(-1, *[1] * len(axes))
-    return inside & (picked == pooled), start + place
+    winner = chosen.reshape(-1)[found.owner]
+    other = found.member != winner
+    owner, winner, member = found.owner[other], winner[other], found.member[other]
+    return Choice(torch.unique(owner), owner, winner, member, chosen)
 
 
 def renamed(choice: Choice, places: Tensor) -> Choice:

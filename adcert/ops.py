@@ -33,6 +33,7 @@ from adcert.reference import (
     ReluResult,
     Resolved,
     TouchResult,
+    WindowTies,
     kinks,
     pair,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "ReluResult",
     "Resolved",
     "TouchResult",
+    "WindowTies",
     "activation",
     "conv_patches",
     "distinct_rows",
@@ -58,6 +60,7 @@ __all__ = [
     "relu",
     "resolve_ties",
     "touches",
+    "window_ties",
 ]
 
 load()
@@ -71,6 +74,7 @@ _NAMES = (
     "max_pool2d",
     "max_pool2d_backward",
     "max_pool2d_gather",
+    "window_ties",
     "resolve_ties",
     "conv_patches",
     "distinct_rows",
@@ -486,6 +490,54 @@ def pool_indices(
     return (rows + at // kw * dh) * width + columns + at % kw * dw
 
 
+# window_ties -----------------------------------------------------------------------------------------------
+
+
+def window_ties(x: Tensor, output: Tensor, axes: Sequence[Tensor], capacity: int | None = None) -> WindowTies:
+    """The ties of a max pooling over any windows of the last one to three dimensions, given its output.
+
+    For poolings that are not ours: three-dimensional, adaptive, fractional. Not differentiable. Values are equal as
+    torch compares them: -0.0 equals 0.0, and NaN nothing.
+
+    Args:
+        x: ``[..., D]``, ``[..., H, W]`` or ``[..., D, H, W]``; float32, float64, bfloat16 or float16.
+        output: of the pooling, of the same dtype.
+        axes: for each pooled dimension int64 ``[outputs, cells]``, or ``[planes, outputs, cells]``: the input places
+            of every window, distinct; those outside of the input, as -1, are no cells.
+        capacity: room of the lists, in pairs; see the module. On a GPU they are in no order.
+
+    Raises:
+        RuntimeError: another dtype, or shapes that do not fit.
+
+    >>> x = torch.tensor([[5.0, 5.0, 1.0]])
+    >>> result = window_ties(x, torch.tensor([[5.0, 5.0]]), [torch.tensor([[0, 1], [1, 2]])])
+    >>> result.owner.tolist(), result.member.tolist()
+    ([0, 0], [0, 1])
+    """
+    given = x.detach(), output.detach(), list(axes)
+    if capacity is not None or not x.is_cuda:
+        return WindowTies(*_OPS.window_ties(*given, _room(capacity)))
+    room = _ROOM
+    while True:
+        result = WindowTies(*_OPS.window_ties(*given, room))
+        pairs = int(result.counts[1])
+        if pairs <= room:
+            break
+        room = pairs
+    member, order = result.member[:pairs].sort()
+    owner, again = result.owner[:pairs][order].sort(stable=True)
+    return WindowTies(owner, member[again], result.counts)
+
+
+def _window_ties_fake(
+    x: Tensor, output: Tensor, axes: list[Tensor], capacity: int = -1
+) -> tuple[Tensor, Tensor, Tensor]:
+    owner = _list(x, capacity)
+    return owner, torch.empty_like(owner), x.new_empty((4,), dtype=torch.int64)
+
+
+torch.library.register_fake("adcert::window_ties", _window_ties_fake)
+
 # resolve_ties ----------------------------------------------------------------------------------------------
 
 
@@ -585,12 +637,8 @@ Result = TypeVar("Result", ReluResult, ActivationResult, TouchResult, PoolResult
 
 def _listed(call: Callable[[int], Result], x: Tensor, capacity: int | None) -> Result:
     """Calls a recording operator; without a capacity its lists are exact and ascending on every device."""
-    if capacity is not None:
-        if capacity < 0:
-            raise ValueError(f"capacity is a number of entries, at least 0, got {capacity}")
-        return call(capacity)
-    if not x.is_cuda:
-        return call(-1)
+    if capacity is not None or not x.is_cuda:
+        return call(_room(capacity))
     room = _ROOM
     while True:
         result = call(room)
@@ -598,6 +646,13 @@ def _listed(call: Callable[[int], Result], x: Tensor, capacity: int | None) -> R
         if max(windows, touches) <= room:
             return ordered(result, windows, touches)
         room = max(windows, touches)
+
+
+def _room(capacity: int | None) -> int:
+    """As the operators take it: -1 for lists that are as long as what was found."""
+    if capacity is not None and capacity < 0:
+        raise ValueError(f"capacity is a number of entries, at least 0, got {capacity}")
+    return -1 if capacity is None else capacity
 
 
 def ordered(result: Result, windows: int, touches: int) -> Result:

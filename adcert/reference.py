@@ -7,6 +7,7 @@ device.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -78,6 +79,21 @@ class PoolResult(NamedTuple):
     windows: Tensor
     members: Tensor
     touches: Tensor
+    counts: Tensor
+
+
+class WindowTies(NamedTuple):
+    """What :func:`window_ties` returns.
+
+    Attributes:
+        owner, member: int64 ``[K]``, by owner, then by member: flat output, and flat input that attains it; for all
+            outputs that two or more cells of their windows attain.
+        counts: int64 ``[4]``: tied windows, pairs, NaN or infinite entries of ``x``, outputs (NaN aside) that no
+            cell of their window attains.
+    """
+
+    owner: Tensor
+    member: Tensor
     counts: Tensor
 
 
@@ -250,6 +266,31 @@ def max_pool2d(
     touched = found.touches if relu else found.touches[:0]
     counts = _counts(len(windows), len(touched), found.counts[2], x)
     return PoolResult(output, offsets, windows, members, touched, counts)
+
+
+def window_ties(x: Tensor, output: Tensor, axes: Sequence[Tensor]) -> WindowTies:
+    """The ties of a max pooling over any windows of the last ``len(axes)`` dimensions.
+
+    >>> window_ties(torch.tensor([2.0, 1.0, 2.0]), torch.tensor([2.0]), [torch.tensor([[0, 1, 2]])]).member
+    tensor([0, 2])
+    """
+    _check_dtype(x, "window_ties")
+    lead = x.dim() - len(axes)
+    planes, size = math.prod(x.shape[:lead]), math.prod(x.shape[lead:])
+    image, found, lost = x.detach().reshape(planes, size), [], 0
+    where = itertools.product(range(planes), *(range(n) for n in output.shape[lead:]))
+    for number, ((plane, *at), value) in enumerate(zip(where, output.detach().reshape(-1), strict=True)):
+        cells = torch.zeros(1, dtype=torch.int64)
+        for axis, n, place in zip(axes, x.shape[lead:], at, strict=True):
+            table = (axis[plane] if axis.dim() == 3 else axis)[place]
+            table = table[(table >= 0) & (table < n)]
+            cells = (cells[:, None] * n + table).flatten()
+        equal = cells[image[plane, cells] == value].sort().values
+        lost += int(len(equal) == 0 and not bool(value.isnan()))
+        found += [(number, plane * size + int(cell)) for cell in equal if len(equal) > 1]
+    owner, member = torch.tensor(found, dtype=torch.int64).reshape(-1, 2).unbind(1)
+    counts = [len(set(owner.tolist())), len(owner), int((~x.isfinite()).sum()), lost]
+    return WindowTies(owner, member, torch.tensor(counts))
 
 
 def pool_indices(

@@ -159,6 +159,21 @@ def test_prelu_forward(benchmark: Any, layout: str, dtype: torch.dtype) -> None:
     )
 
 
+@pytest.mark.parametrize("dtype", RELU_CASES)
+def test_window_ties(benchmark: Any, dtype: torch.dtype) -> None:
+    """Beside the pooling itself, whose ties are looked for when it is done."""
+    x = torch.randn(16, 16, 16, 32, 32).to(dtype)
+    output = F.max_pool3d(x, 2)
+    axes = [torch.arange(n).view(-1, 2) for n in x.shape[2:]]
+    compare(
+        benchmark,
+        f"ties of max_pool3d {dtype}",
+        lambda: ops.window_ties(x, output, axes),
+        lambda: F.max_pool3d(x, 2),
+        x.nbytes + output.nbytes,
+    )
+
+
 def test_many_ties(benchmark: Any) -> None:
     x = image(torch.bfloat16, torch.contiguous_format).mul(8).round()
     result = ops.max_pool2d(x, 2, relu=True)

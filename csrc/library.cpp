@@ -11,6 +11,8 @@
 //                        (relu only, else empty): offsets where the gradient flows, KH * KW where ReLU stops it
 //   max_pool2d_backward  sends grad to the cells that routes (or offsets) name; batch of grad a multiple of theirs
 //   max_pool2d_gather    its adjoint: reads those cells
+//   window_ties          of a max pooling over any windows: outputs, and the inputs that attain them, where there are
+//                        several; counts: [4] of tied windows, pairs, NaN and inf, outputs that no input attains
 //   resolve_ties         tied members against the selected one: counts by answer, and the pairs not proved equal
 //   conv_patches         patches of a convolution's input, one row for each output unit
 //   distinct_rows        ascending indices of the first of equal rows
@@ -40,6 +42,9 @@ STABLE_TORCH_LIBRARY(ADCERT_LIBRARY, m) {
   m.def(
       "max_pool2d_gather(Tensor x, Tensor routes, int[2] kernel_size, int[2] stride, int[2] padding, "
       "int[2] dilation) -> Tensor");
+  m.def(
+      "window_ties(Tensor x, Tensor output, Tensor[] axes, int capacity=-1) -> (Tensor owner, Tensor member, "
+      "Tensor counts)");
   m.def(
       "resolve_ties(Tensor windows, Tensor members, Tensor offsets, int[] pool, int[] stages, Tensor[] tensors) -> "
       "(Tensor window, Tensor chosen, Tensor other, Tensor answer, Tensor counts)");

@@ -172,6 +172,38 @@ def pooling(dice: Dice) -> Pooling:
     return Pooling(x, geometry(dice), dice.chance(0.5))
 
 
+class Windows(NamedTuple):
+    x: Tensor
+    output: Tensor
+    axes: list[Tensor]
+
+
+def windows(dice: Dice) -> Windows:
+    """Any tables, some places of them outside; every output the largest in its window, or now and then another."""
+    floating, count = dtype(dice), dice.number(1, 3)
+    planes = dice.number(0, 3)
+    sizes = [dice.number(1, 7) for _ in range(count)]
+    x = image(dice, floating, planes, *sizes)
+    axes, grid = [], torch.zeros(planes, 1, dtype=torch.int64)
+    valid = torch.ones(planes, 1, dtype=torch.bool)
+    outputs: list[int] = []
+    for size in sizes:
+        own = dice.chance(0.3)
+        outputs.append(dice.number(1, 4))
+        order = torch.rand(planes if own else 1, outputs[-1], size + 2, generator=dice.tensors).argsort(-1)
+        table = order[..., : dice.number(1, size + 1)] - 1  # distinct; -1 and size are outside
+        axes.append(table if own else table[0])
+        cells = table.expand(planes, *table.shape[1:]).flatten(1)
+        valid = (valid[:, :, None] & ((cells >= 0) & (cells < size))[:, None]).flatten(1)
+        grid = (grid[:, :, None] * size + cells.clamp(0, size - 1)[:, None]).flatten(1)
+    values = torch.where(valid, x.flatten(1).gather(1, grid), torch.tensor(-INF, dtype=floating))
+    shape = [n for pair in zip(outputs, (axis.shape[-1] for axis in axes), strict=True) for n in pair]
+    output = values.reshape(planes, *shape).amax(tuple(range(2, 2 + 2 * count, 2)))
+    if dice.chance(0.3):
+        output = torch.where(dice.which(0.2, *output.shape), image(dice, floating, *output.shape), output)
+    return Windows(x, output, axes)
+
+
 def gradient(dice: Dice, like: Tensor) -> Tensor:
     """For an output of a pooling, sometimes for three batches of them at once; in some layout."""
     grad = (dice.normal(*like.shape) if dice.chance(0.4) else dice.integers(-9, 8, *like.shape)).to(like.dtype)

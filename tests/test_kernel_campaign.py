@@ -172,6 +172,18 @@ def check_routes(kernels: Kernels, dice: Dice, x: Tensor, routes: Tensor, geomet
     assert_same(read, CPU.max_pool2d_gather(y, routes, *geometry[:4]))
 
 
+def check_windows(kernels: Kernels, dice: Dice) -> set[str]:
+    x, output, axes = cases.windows(dice)
+    capacity, expected = cases.capacity(dice), CPU.window_ties(x, output, axes)
+    owner, member, counts = kernels("window_ties", x, output, axes, capacity)
+    assert_same(counts, expected[2])
+    code = [first * max(1, x.numel()) + second for first, second in ((owner, member), expected[:2])]
+    overflow = assert_lists(capacity, code[:1], code[1:])
+    tied, _, nonfinite, lost = counts.tolist()
+    own = any(axis.dim() == 3 for axis in axes)
+    return _seen(overflow=overflow, ties=tied, nonfinite=nonfinite, lost=lost, own=own, empty=not output.numel())
+
+
 def check_rows(kernels: Kernels, dice: Dice) -> set[str]:
     rows, plus, minus, group = cases.matrices(dice)
     distinct, opposite = CPU.distinct_rows(rows), CPU.opposite_rows(plus, minus, group)
@@ -222,6 +234,7 @@ FAMILIES: dict[str, tuple[Check, str]] = {
     "relu": (check_relu, "overflow touches kinks nonfinite empty"),
     "activation": (check_activation, f"overflow touches nonfinite empty prelu {' '.join(ops.ACTIVATIONS)}"),
     "pool": (check_pool, "overflow ties touches nonfinite refused words int32 empty"),
+    "windows": (check_windows, "overflow ties nonfinite lost own empty"),
     "rows": (check_rows, "repeats opposite bytes empty"),
     "patches": (check_patches, "patches off empty"),
     "ties": (check_ties, "zero row open hard flat words empty"),

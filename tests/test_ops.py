@@ -538,6 +538,9 @@ def samples(name: str) -> Iterator[tuple[Any, ...]]:
         elif name == "prelu":
             weight = torch.linspace(-0.5, 2, x.shape[1], dtype=dtype).requires_grad_(grad)
             yield from ((x, weight), (x, weight[:1], 7))
+        elif name == "window_ties":
+            if not grad:
+                yield from ((*window_arguments(x),), (*window_arguments(x), 3))
         elif name == "max_pool2d":
             yield from ((x, *pairs, True, False), (x, *pairs, True, True, 5))
             yield (x, (2, 2), (2, 2), (0, 0), (1, 1), False, True)
@@ -552,6 +555,14 @@ def samples(name: str) -> Iterator[tuple[Any, ...]]:
             else:
                 seed = torch.randn(routes.shape, dtype=dtype).requires_grad_(grad)
                 yield (seed, routes, *x.shape[-2:], *pairs, layout == "channels_last")
+
+
+def window_arguments(x: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
+    """A pooling of 2 x 3 windows, one place apart, with one window for each plane of its own along the width."""
+    output = F.max_pool2d(x, (2, 3), 1)
+    rows, columns = (torch.arange(n)[:, None] + torch.arange(k) for n, k in zip(output.shape[-2:], (2, 3), strict=True))
+    planes = output.shape[:-2].numel()
+    return x, output, [rows, columns.expand(planes, *columns.shape).contiguous()]
 
 
 def bulk_arguments(name: str, x: Tensor) -> tuple[Any, ...]:
@@ -571,7 +582,7 @@ def bulk_arguments(name: str, x: Tensor) -> tuple[Any, ...]:
 
 
 FORWARD = ("relu", "activation", "prelu", "touches", "max_pool2d", "max_pool2d_backward", "max_pool2d_gather")
-OPERATORS = (*FORWARD, "resolve_ties", "conv_patches", "distinct_rows", "opposite_rows")
+OPERATORS = (*FORWARD, "window_ties", "resolve_ties", "conv_patches", "distinct_rows", "opposite_rows")
 
 
 def test_every_operator_is_listed() -> None:

@@ -12,8 +12,8 @@ from adcert.ops import ACTIVATIONS
 
 Kernel = Callable[..., Any]
 NAMES = tuple(
-    """relu activation prelu touches max_pool2d max_pool2d_backward max_pool2d_gather resolve_ties conv_patches
-    distinct_rows opposite_rows""".split()
+    """relu activation prelu touches max_pool2d max_pool2d_backward max_pool2d_gather window_ties resolve_ties
+    conv_patches distinct_rows opposite_rows""".split()
 )
 
 
@@ -138,6 +138,7 @@ def stand_ins() -> dict[str, Kernel]:
         "relu": Recording(_relu, {1: 1}, 2, 1),
         "activation": Recording(_activation, {1: 1}, 2, 3),
         "prelu": Recording(ops.prelu, {1: 1}, 2, 2),
+        "window_ties": Recording(ops.window_ties, {0: 1, 1: 1}, 2, 3),
         "touches": Recording(ops.touches, {0: 1}, 1, 2),
         "max_pool2d": Recording(_max_pool2d, {2: 0, 3: 0, 4: 1}, 5, 7),
     }
