@@ -186,7 +186,7 @@ class Recorder:
                 return run()
             name = self._begin(x, name)
             room = self.rooms.of(name, len(rho.kinks) * x.numel()) if x.is_cuda else None
-            if left is None and not inplace and rho.given is None and rho.name in ops.ACTIVATIONS:
+            if left is None and not inplace and rho.given is None and _fused(rho):
                 output, touches, counts = ops.activation(x, rho.name, rho.arguments, room)
                 seen, node = x.detach(), output.grad_fn
             else:
@@ -367,6 +367,11 @@ def _on_host(choice: Choice) -> Choice:
     """The lists on the host; where every output came from stays on the device."""
     windows, owner, plus, minus = (t.cpu() for t in (choice.windows, choice.owner, choice.plus, choice.minus))
     return replace(choice, windows=windows, owner=owner, plus=plus, minus=minus)
+
+
+def _fused(rho: Activation) -> bool:
+    """There is a kernel for it, which numbers the same kinks."""
+    return rho.name in ops.ACTIVATIONS and ops.kinks(rho.name, rho.arguments) == rho.kinks
 
 
 def _recordable(x: Tensor) -> bool:

@@ -14,7 +14,7 @@ from kernel_cases import INF, NAN, bits
 from places import Place, opened
 from torch import Tensor
 
-from adcert import ops, reference
+from adcert import activations, ops, reference
 
 CASES: tuple[tuple[str, tuple[float, ...]], ...] = (
     *(("hardtanh", p) for p in ((0, 6), (-1, 1), (-0.7, 0.1), (0, 1e-30), (-1e-30, 1e-30), (2, 2), (-INF, INF))),
@@ -102,6 +102,23 @@ def test_kinks_are_rounded_to_the_dtype(place: Place) -> None:
     x = torch.tensor([0.099609375, 0.10009765625], dtype=torch.bfloat16)
     assert ops.activation(place.to(x), "threshold", (0.1,)).touches.tolist() == [1]
     assert ops.touches(place.to(x), (-0.1, 0.1)).touches.tolist() == [3]
+
+
+def test_the_table_of_activations_has_the_same_kinks() -> None:
+    for rho in (
+        activations.hardtanh(0.0, 6.0),
+        activations.clamp(None, 2.0),
+        activations.clamp(-1.0, None),
+        activations.clamp(-1.0, 2.0),
+        activations.magnitude(),
+        activations.leaky_relu(0.1),
+        activations.hardsigmoid(),
+        activations.hardswish(),
+        activations.threshold(0.5),
+    ):
+        assert ops.kinks(rho.name, rho.arguments) == rho.kinks
+        x = torch.tensor([*rho.kinks, 9.0, -9.0])
+        assert_same(ops.activation(x, rho.name, rho.arguments).output, rho.compute(x))
 
 
 def test_prelu_has_a_slope_for_each_channel(place: Place) -> None:
