@@ -220,7 +220,10 @@ class Recorder:
             if node is None:
                 return result
             with torch.no_grad():
-                seen = choice(result)
+                try:
+                    seen = choice(result)
+                except ValueError:  # not what it should be: the node stays unrecorded, and the audit names it
+                    return result
                 wrong = int((~torch.isfinite(x)).sum())
             counts = torch.tensor([len(seen.windows), 0, wrong], device="cpu")
             nothing = torch.zeros(0, dtype=torch.int64, device="cpu")

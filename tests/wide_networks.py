@@ -109,9 +109,9 @@ def wide_network(seed: int) -> WideNetwork:
     3; two times in three every later sample is the negation or mirror image of the first, and then mostly its loss
     weights are minus those of the first. Half of the layers with a bias before an activation have that bias moved so
     that one unit of a channel lies exactly on a kink. One layer in four has equal weight rows; one in four, and most
-    first ones, a zero row; but not the last. Networks of more than 48 parameters are drawn again from the same stream; so is, some times,
-    one whose gradient vanishes at w and at a generic point near it, and always one that misses a kink or a tie by
-    rounding alone.
+    first ones, a zero row; but not the last. Networks of more than 48 parameters are drawn again from the same stream;
+    so is, some times, one whose gradient vanishes at w and at a generic point near it, and always one that misses a
+    kink or a tie by rounding alone.
 
     >>> wide_network(7).batches[0][0].equal(wide_network(7).batches[0][0])
     True
