@@ -29,18 +29,20 @@ def convolution(walk: Walk, node: Node, number: int, d: Differences, owner: Tens
     """Patch differences for the weight, +-1 for the bias, patch elements for the input."""
     weight_edge, bias_edge = node.next_functions[1], node.next_functions[2]
     weight, bias = walk.graph.leaf(weight_edge[0]), walk.graph.leaf(bias_edge[0])
-    if node._saved_transposed or (weight_edge[0] is not None and weight is None):
-        return False
-    if bias_edge[0] is not None and bias is None:
+    computed = weight_edge[0] is not None and weight is None
+    if node._saved_transposed or (bias_edge[0] is not None and bias is None):
         return False
     out = shape_of(node, number)
     if bias is not None:
         inner = math.prod(out[2:])
         channels = [torch.where(index >= 0, index // inner % out[1], -1) for index in (d.plus, d.minus)]
         walk.bias_entries(bias, channels[0], channels[1], owner, scaled)
-    if weight is not None or node.next_functions[0][0] is not None:
+    if weight is not None or computed or node.next_functions[0][0] is not None:
         geometry = _ConvGeometry(node, number)
-        _through(walk, geometry, weight, node.next_functions[0], geometry.sides(d), owner, scaled)
+        sides = geometry.sides(d)
+        if computed:
+            _computed_weight(walk, geometry, sides, owner)
+        _through(walk, geometry, weight, node.next_functions[0], sides, owner, scaled)
     return True
 
 
@@ -53,17 +55,17 @@ def linear(walk: Walk, node: Node, number: int, d: Differences, owner: Tensor, s
     x_edge, w_edge = node.next_functions[1 if biased else 0], node.next_functions[2 if biased else 1]
     transpose = w_edge[0]
     leaf = None
-    if transpose is not None:
-        leaf = walk.graph.leaf(transpose.next_functions[0][0]) if kind_of(transpose) == "TBackward" else None
-        if leaf is None:
-            return False
-    geometry = _LinearGeometry(node, biased, leaf is not None, shape_of(node, number))
+    if transpose is not None and kind_of(transpose) == "TBackward":
+        leaf = walk.graph.leaf(transpose.next_functions[0][0])
+    geometry = _LinearGeometry(node, biased, transpose is not None, shape_of(node, number))
     sides = geometry.sides(d)
     if bias_edge[0] is not None:
         bias = walk.graph.leaf(bias_edge[0])
         if bias is None or tuple(walk.graph.leaves.tensor(bias).shape) != (geometry.outputs,):
             return False
         walk.bias_entries(bias, sides[0].channel, sides[1].channel, owner, scaled)
+    if transpose is not None and leaf is None:
+        _computed_weight(walk, geometry, sides, owner)
     _through(walk, geometry, leaf, x_edge, sides, owner, scaled)
     return True
 
@@ -112,6 +114,19 @@ def _through(
         nothing = _Units(torch.full_like(apart, -1), torch.full_like(apart, -1))
         for side in sides:
             _through(walk, geometry, None, edge, (side.select(apart), nothing), owner[apart], scaled)
+
+
+def _computed_weight(walk: Walk, geometry: _ConvGeometry | _LinearGeometry, sides: _Sides, owner: Tensor) -> None:
+    """Of a weight that is a function of parameters only one thing is said: equal patches under one filter cancel."""
+    plus, minus = sides
+    places, inverse = unique_pairs(plus.place, minus.place)
+    differ = torch.zeros(len(places), dtype=torch.bool)
+    step = max(1, CHUNK // max(1, geometry.patch_size))
+    for start in range(0, len(places), step):
+        chunk = places[start : start + step]
+        first, second = (geometry.values(geometry.patch(chunk[:, side])) for side in (0, 1))
+        differ[start : start + step] = (first != second).any(1)
+    walk.result.hard[owner[(plus.channel != minus.channel) | differ[inverse]]] = True
 
 
 def _weight_parts(

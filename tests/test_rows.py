@@ -311,11 +311,23 @@ def test_a_constant_divisor_scales_and_turns_differences():
     assert dense_rows(seen, found)["w"].tolist()[:2] == [[1.0, -1.0, 0.0], [0.0, 0.0, -1.0]]
 
 
-def test_a_computed_weight_is_hard():
+def test_a_computed_weight_is_hard_unless_its_patches_cancel():
+    """Units 0 and 1 see equal rows, unit 2 another one: only the first difference is known, to be zero."""
     w = param([[1.0, 2.0]])
-    x = integers((2, 2), 1)
-    seen = look(lambda probe: probe.relu(F.linear(x, w * 2.0)), w=w)
-    assert expand(seen.graph, seen.records[0].edge, pairs((0, 1))).hard.tolist() == [True]
+    x = torch.tensor([[3.0, 5.0], [3.0, 5.0], [3.0, 7.0]], dtype=torch.float64)
+    seen = look(lambda probe: probe.relu(F.linear(x, w * w)), w=w)
+    found = expand(seen.graph, seen.records[0].edge, pairs((0, 1), (0, 2), (-1, 0)))
+    assert found.hard.tolist() == [False, True, True]
+    assert not bool(found.own_nonzero()[0])
+
+
+def test_a_computed_filter_is_hard_unless_its_patches_cancel():
+    """Two channels over 1 2 1 2: positions 0 and 2 see [1 2], position 1 sees [2 1]."""
+    w = param([[[1.0, 2.0]], [[1.0, 2.0]]])
+    x = torch.tensor([[[1.0, 2.0, 1.0, 2.0]]], dtype=torch.float64)
+    seen = look(lambda probe: probe.relu(F.conv1d(x, w * w)), w=w)
+    found = expand(seen.graph, seen.records[0].edge, pairs((0, 2), (0, 1), (0, 3), (3, 5)))
+    assert found.hard.tolist() == [False, True, True, False]
 
 
 # ---- batch normalisation -------------------------------------------------------------------------
