@@ -17,7 +17,7 @@ from .records import OpRecord
 from .ties import normalized_rows
 
 SECONDS = 2.0  # for one record's partial backward passes
-LIMIT = 4096  # differences one record may send through the partial backward engine in a step
+LIMIT = 16384  # differences one record may send through the partial backward engine in a step
 
 
 def finish(scope: Scope, found: Findings) -> None:

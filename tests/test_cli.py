@@ -167,7 +167,7 @@ class Same(torch.nn.Module):
 
 
 def test_check_fails_on_an_unsupported_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The greater of equals, by torch.maximum: every step undecided. Exit 0, but 1 with --check; the reason is shown."""
+    """The greater of equals, by torch.maximum: every step undecided. Exit 0, but 1 with --check; the reason shows."""
 
     def hard(name: str, classes: int, channels: int, size: int, seed: int) -> torch.nn.Module:
         return torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10), Same())
