@@ -43,7 +43,8 @@ def record(recorder: Recorder, func: Any, args: Sequence[Any], kwargs: Arguments
         return NotImplemented
     names, defaults, inplace, handler = found
     given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
-    if kwargs.get("out") is not None or len(args) > len(names) or not isinstance(given.get("input"), Tensor):
+    known = len(args) <= len(names) and kwargs.keys() <= set(names)  # torch knows more spellings, axis for dim say
+    if not known or not isinstance(given.get("input"), Tensor):
         return NotImplemented
     name = recorder.named or f"{func.__name__.strip('_')}{where()}"
     call = Call(name, given, lambda: func(*args, **kwargs), inplace or bool(given.get("inplace")))
@@ -461,7 +462,7 @@ for _largest, _names in ((True, ("max", "amax")), (False, ("min", "amin"))):
         {"dim": (), "keepdim": False},
         _amax(_largest),
     )
-_enter([torch.sort, Tensor.sort], "dim descending", {"dim": -1, "descending": False}, _sorted)
+_enter([torch.sort, Tensor.sort], "dim descending stable", {"dim": -1, "descending": False}, _sorted)
 _enter([torch.msort, Tensor.msort], "", {}, _msort)
 _enter([torch.cummax, Tensor.cummax], "dim", {}, _running(True))
 _enter([torch.cummin, Tensor.cummin], "dim", {}, _running(False))
