@@ -201,7 +201,7 @@ def switch_off(model: nn.Module, kink: float) -> None:
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, module in model.named_modules():
-            inner = isinstance(module, (nn.Linear, nn.Conv2d)) and "classifier" not in name
+            inner = type(module) in (nn.Linear, nn.Conv2d) and "classifier" not in name
             if inner or isinstance(module, (nn.BatchNorm2d, nn.LayerNorm, nn.GroupNorm)):
                 off = torch.rand(module.weight.shape[0], generator=generator) < 0.34
                 for parameter in module.parameters(recurse=False):
