@@ -182,7 +182,8 @@ class StepAnalysis:
                 self.facts[record] = facts_of(graph, record, order.own[record], ranks.bias.get(record))
             with self._guarded(record):
                 found = fresh[record] = decide_record(scope, record)
-                found.rests = not found.own_alone() or (bool(found.touches) and record.edge[0] in graph.record_of)
+                through = bool(found.touches) or bool(found.free)
+                found.rests = not found.own_alone() or (through and record.edge[0] in graph.record_of)
         if layered:
             self._settle_rows(scope, fresh)
             self._settle_pending(scope, fresh)

@@ -5,9 +5,10 @@ A call that is not recorded here runs as it is, and the audit names its node if 
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -235,8 +236,10 @@ def _extremum(largest: bool) -> Handler:
 
     def handle(recorder: Recorder, call: Call) -> Any:
         given, x = call.given, call.given["input"]
-        if isinstance(given.get("dim"), Tensor) or given.get("other") is not None:
-            return NotImplemented  # of two tensors
+        if isinstance(given.get("dim"), Tensor):
+            given["other"] = given["dim"]
+        if isinstance(given.get("other"), Tensor):
+            return _greater(largest)(recorder, call)
         if given.get("dim") is None:
             return _even(recorder, call, None, largest)
         dim, keep = int(given["dim"]), bool(given["keepdim"])
@@ -250,6 +253,21 @@ def _extremum(largest: bool) -> Handler:
             return choices.along(x.detach(), values, indices, dim % x.dim(), largest=largest)
 
         return recorder.chosen(x, call.name, call.run, choice)
+
+    return handle
+
+
+def _greater(largest: bool) -> Handler:
+    """``maximum`` and ``minimum`` of two tensors, as an extremum over their stack: the same values and gradients."""
+
+    def handle(recorder: Recorder, call: Call) -> Any:
+        pair = call.given["input"], call.given["other"]
+        if not all(isinstance(t, Tensor) and t.dtype == pair[0].dtype and t.dim() for t in pair):
+            return NotImplemented
+        with torch._C.DisableTorchFunction():
+            stack = torch.stack(torch.broadcast_tensors(*pair))  # type: ignore[no-untyped-call]
+            run = functools.partial(torch.amax if largest else torch.amin, stack, 0)
+            return _even(recorder, replace(call, given={"input": stack}, run=run), (0,), largest)
 
     return handle
 
@@ -455,13 +473,15 @@ _enter(
     _fractional,
 )
 for _largest, _names in ((True, ("max", "amax")), (False, ("min", "amin"))):
-    _enter([getattr(torch, _names[0]), getattr(Tensor, _names[0])], "dim keepdim", _KEEP, _extremum(_largest))
+    _enter([getattr(torch, _names[0]), getattr(Tensor, _names[0])], "dim keepdim other", _KEEP, _extremum(_largest))
     _enter(
         [getattr(torch, _names[1]), getattr(Tensor, _names[1])],
         "dim keepdim",
         {"dim": (), "keepdim": False},
         _amax(_largest),
     )
+for _largest, _name in ((True, "maximum"), (False, "minimum")):
+    _enter([getattr(torch, _name), getattr(Tensor, _name)], "other", {}, _greater(_largest))
 _enter([torch.sort, Tensor.sort], "dim descending stable", {"dim": -1, "descending": False}, _sorted)
 _enter([torch.msort, Tensor.msort], "", {}, _msort)
 _enter([torch.cummax, Tensor.cummax], "dim", {}, _running(True))

@@ -85,18 +85,17 @@ def _between(scope: Scope, record: OpRecord, units: Tensor, kinks: Tensor, found
             found.free.classes.append(Classes(record.name, bias.leaf, groups, kink.weight, below))
             found.exemptions["bias"] += len(mine)
         else:
-            _free_rows(scope, record, mine, found)
+            left = _free_rows(scope, record, Differences(torch.full_like(mine, -1), mine), found)
+            if left:
+                found.doubts.append(f"{record.name}: {left} units at a kink where {NO_SIDE}")
 
 
-def _free_rows(scope: Scope, record: OpRecord, units: Tensor, found: Findings) -> None:
-    """Exact rows of the own layer, one for each touch; where there is none the touch stays in doubt."""
-    differences = Differences(torch.full_like(units, -1), units)
+def _free_rows(scope: Scope, record: OpRecord, differences: Differences, found: Findings) -> int:
+    """Exact rows of the own layer, one for each difference; how many have none."""
     rows = Findings()
-    _own_rows(scope, Pending(record, differences, FREE, torch.arange(len(units)), None), rows)
+    _own_rows(scope, Pending(record, differences, FREE, torch.arange(len(differences)), None), rows)
     found.free.rowsets += rows.rowsets
-    left = len(units) - sum(rowset.count for rowset in rows.rowsets)
-    if left:
-        found.doubts.append(f"{record.name}: {left} units at a kink where {NO_SIDE}")
+    return len(differences) - sum(rowset.count for rowset in rows.rowsets)
 
 
 def _lowered(
@@ -129,11 +128,20 @@ def _ties(scope: Scope, record: OpRecord, ties: Ties | Choice, found: Findings) 
 
 
 def _even(scope: Scope, record: OpRecord, differences: Differences, windows: Tensor, found: Findings) -> None:
-    """AD splits the gradient evenly among tied units: right if all of them have the same one (any convex sum is it)."""
+    """AD splits the gradient evenly among tied units: right if all of them have the same one (any convex sum is it).
+
+    Else it is the mean over the selections of one unit each. If the differences to one of them are independent, some
+    direction leads to every selection: Theorem E5 with a class for each window.
+    """
     equal = prove_zero(scope.graph, record, differences)
     found.exemptions["congruent"] += int(equal.sum())
     found.open.append(windows[~equal])
-    left = int((~equal).sum())
+    left, open_ = int((~equal).sum()), differences.select(~equal)
+    if left and scope.layered and not scope.strict:
+        base = base_of(scope.graph, record, False)
+        lower, good = follow_to(scope.graph, record, base, open_)
+        if bool(good.all()):
+            left = _free_rows(scope, base, lower, found)
     if left:
         found.outside.append(f"{record.name}: autodiff splits the gradient evenly in {left} ties: not covered")
 

@@ -166,12 +166,17 @@ def test_a_median_with_rows_of_the_maximum_only_would_be_wrong() -> None:
         assert certificate.verdict is not Verdict.CERTIFIED
 
 
-def test_even_splits_need_equal_gradients() -> None:
+def test_even_splits() -> None:
+    """Equal gradients, or a direction to every selection; with another choice of the same tie there is none."""
     w = nn.Parameter(torch.ones(2, dtype=torch.float64))
     model = nn.ParameterList([w])
-    certificate = certify(lambda: w.amax(0), model)
-    assert certificate.verdict is Verdict.UNDECIDED
-    assert "evenly" in certificate.reasons[0]
+    alone = certify(lambda: w.amax(0), model)
+    assert (alone.verdict, alone.claim) == (Verdict.CERTIFIED, "clarke"), alone.reasons
+    alone.verify()
+    mixed = certify(lambda: w.max(0).values - w.amax(0), model)
+    assert mixed.verdict is Verdict.UNDECIDED
+    twice = certify(lambda: torch.maximum(w[:1], w[1:]).sum() - torch.maximum(w[:1], w[1:]).sum(), model)
+    assert twice.verdict is Verdict.UNDECIDED  # AD is right, but each tie stands for a choice of its own
     same = certify(lambda: w[:1].expand(2).amax(0), model)
     assert same.verdict is Verdict.CERTIFIED, same.reasons
     with torch.no_grad():
@@ -194,6 +199,41 @@ def test_selections_across_samples() -> None:
     assert certificate.verdict is Verdict.CERTIFIED, certificate.reasons
     assert sum(layer.ties for layer in certificate.layers) == 2
     assert certificate.replay(loss, linear).converges
+
+
+def test_nested_maxima_are_not_certified() -> None:
+    """m(m(x)) - m(x) at 0 with m = maximum(., 0): AD -1/4, the function is 0."""
+    x, zero = nn.Parameter(torch.zeros(1, dtype=torch.float64)), torch.zeros(1, dtype=torch.float64)
+
+    def loss() -> Tensor:
+        once = torch.maximum(x, zero)
+        return (torch.maximum(once, zero) - once).sum()
+
+    certificate = certify(loss, nn.ParameterList([x]))
+    assert certificate.verdict is not Verdict.CERTIFIED
+    assert "evenly" in certificate.reasons[0]
+
+
+def test_maximum_is_bitwise_torchs() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        generator = torch.Generator().manual_seed(4)
+        a, b = (torch.randint(-2, 3, shape, generator=generator).to(dtype) for shape in ((4, 5), (5,)))
+        results = []
+        for monitored in (False, True):
+            x, y = nn.Parameter(a.clone()), nn.Parameter(b.clone())
+            outputs: list[Tensor] = []
+
+            def loss(x: Tensor = x, y: Tensor = y, outputs: list[Tensor] = outputs) -> Tensor:
+                outputs.append(torch.maximum(x, y) + torch.min(x, y))
+                return (outputs[0] * torch.arange(5)).sum()
+
+            if monitored:
+                certify(loss, nn.ParameterList([x, y]))
+            else:
+                loss().backward()
+            results.append((outputs[0], x.grad, y.grad))
+        for plain, ours in zip(*results, strict=True):
+            assert torch.equal(plain, ours)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
