@@ -84,7 +84,9 @@ class Graph:
         self.felt: dict[OpRecord, Tensor] | None = None
         self._leaf: dict[Node, str | None] = {None: None}
         self._accumulators: dict[str, Node] = {}
-        self._arms: dict[Node, _Arms] = {}
+        self._reach: dict[Node, int] = {}
+        self._ends: list[_End] = []
+        self._numbers: dict[_End, int] = {}
         self._tau: dict[OpRecord, Tau] = {}
 
     def _sorted(self, roots: Sequence[Node]) -> list[Node]:
@@ -137,50 +139,49 @@ class Graph:
 
     def tau(self, record: OpRecord) -> Tau:
         """The smooth part above a record: its leaves with the number of paths' ends, and the records it reads."""
+        if not self._reach:  # once for all records; those of a residual network meet much the same ends
+            for node in reversed(self.nodes):
+                self._reach[node] = self._mask(node, [source for source, _ in self.edges[node]])
         if record not in self._tau:
-            self._tau[record] = self._walk_tau(record)
+            self._tau[record] = self._find_tau(record)
         return self._tau[record]
 
-    def _walk_tau(self, record: OpRecord) -> Tau:
-        users: dict[str, list[Node]] = defaultdict(list)
-        sources: dict[OpRecord, None] = {}
+    def _find_tau(self, record: OpRecord) -> Tau:
         # y, and what the operation itself reads: of its layer, but not above its y
-        first = self._split([record.edge[0], record.own_edge[0]])
-        todo = [(record.node, first)]
-        seen: set[Node] = set()
-        while todo:
-            user, arms = todo.pop()
-            sources.update(arms.records)
-            for name in arms.leaves:
-                users[name].append(user)
-            for node in arms.nodes:
-                if node not in seen:
-                    seen.add(node)
-                    found = self._arms.get(node)
-                    if found is None:
-                        found = self._arms[node] = self._split([source for source, _ in self.edges[node]])
-                    todo.append((node, found))
+        mask = self._mask(record.node, [record.edge[0], record.own_edge[0]])
+        users: dict[str, list[Node]] = defaultdict(list)
+        sources = []
+        while mask:
+            number = mask.bit_length() - 1
+            mask ^= 1 << number
+            met = self._ends[number]
+            if isinstance(met, OpRecord):
+                sources.append(met)
+            else:
+                users[met[0]].append(met[1])
         return Tau({name: tuple(nodes) for name, nodes in users.items()}, tuple(sources))
 
-    def _split(self, sources: list[Node]) -> _Arms:
-        arms = _Arms({}, [], [])
-        for node in sources:
-            if node in self.record_of:
-                arms.records[self.record_of[node]] = None
+    def _mask(self, user: Node, sources: Iterable[Node]) -> int:
+        """Bits of the ends that ``user`` reaches through what it reads: recorded operations, and uses of leaves."""
+        mask = 0
+        for slot, node in enumerate(sources):
+            record = self.record_of.get(node)
+            if record is not None:
+                mask |= self._bit(record)
             elif (name := self.leaf(node)) is not None:
-                arms.leaves.append(name)
+                mask |= self._bit((name, user, slot))
             elif node is not None:
-                arms.nodes.append(node)
-        return arms
+                mask |= self._reach[node]
+        return mask
+
+    def _bit(self, end: _End) -> int:
+        number = self._numbers.setdefault(end, len(self._ends))
+        if number == len(self._ends):
+            self._ends.append(end)
+        return 1 << number
 
 
-@dataclass(frozen=True)
-class _Arms:
-    """What a node reads: recorded operations, leaves (by name, once for each use), other nodes."""
-
-    records: dict[OpRecord, None]
-    leaves: list[str]
-    nodes: list[Node]
+_End = OpRecord | tuple[str, Node, int]  # a leaf's name, who reads it, by which of its edges
 
 
 @dataclass(frozen=True)
