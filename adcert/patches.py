@@ -117,16 +117,20 @@ def _through(
 
 
 def _computed_weight(walk: Walk, geometry: _ConvGeometry | _LinearGeometry, sides: _Sides, owner: Tensor) -> None:
-    """Of a weight that is a function of parameters only one thing is said: equal patches under one filter cancel."""
+    """Of a weight that is a function of parameters little is said: equal patches under one filter cancel, and a patch
+    of zeros is the zero function under any."""
     plus, minus = sides
     places, inverse = unique_pairs(plus.place, minus.place)
     differ = torch.zeros(len(places), dtype=torch.bool)
+    filled = torch.zeros(len(places), dtype=torch.bool)
     step = max(1, CHUNK // max(1, geometry.patch_size))
     for start in range(0, len(places), step):
         chunk = places[start : start + step]
         first, second = (geometry.values(geometry.patch(chunk[:, side])) for side in (0, 1))
         differ[start : start + step] = (first != second).any(1)
-    walk.result.hard[owner[(plus.channel != minus.channel) | differ[inverse]]] = True
+        filled[start : start + step] = ((first != 0) | (second != 0)).any(1)
+    apart = (plus.channel != minus.channel) & (plus.channel >= 0) & (minus.channel >= 0)
+    walk.result.hard[owner[torch.where(apart, filled[inverse], differ[inverse])]] = True
 
 
 def _weight_parts(

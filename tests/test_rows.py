@@ -28,6 +28,7 @@ from torch.nn import functional as F
 import adcert
 from adcert import patches
 from adcert.differences import Differences, groups_of, unique_pairs, unit_parts
+from adcert.equality import prove_zero
 from adcert.rows import expand
 
 # 1 2 3
@@ -328,6 +329,30 @@ def test_a_computed_filter_is_hard_unless_its_patches_cancel():
     seen = look(lambda probe: probe.relu(F.conv1d(x, w * w)), w=w)
     found = expand(seen.graph, seen.records[0].edge, pairs((0, 2), (0, 1), (0, 3), (3, 5)))
     assert found.hard.tolist() == [False, True, True, False]
+
+
+def test_a_patch_of_zeros_is_the_zero_function_under_any_computed_weight():
+    """y = x (w w)^T: units 2 * row + channel, row 0 is zero; as in padding next to a black area."""
+    w = param([[1.0, 2.0], [3.0, 4.0]])
+    x = torch.tensor([[0.0, -0.0], [3.0, 4.0]], dtype=torch.float64)
+    seen = look(lambda probe: probe.relu(F.linear(x, w * w)), w=w)
+    found = expand(seen.graph, seen.records[0].edge, pairs((0, 1), (0, -1), (-1, 1), (0, 2), (0, 3), (2, -1)))
+    assert found.hard.tolist() == [False, False, False, True, True, True]
+    assert not found.parts
+
+
+def test_equal_values_that_are_other_functions_are_left_to_the_record_below():
+    w, v = param([[1.0, 2.0]]), param([[1.0, 2.0], [1.0, 2.0]])
+
+    def forward(probe: Probe) -> Tensor:
+        return probe.relu(F.linear(probe.relu(v, "below"), w * w), "above")
+
+    seen = look(forward, w=w, v=v)
+    found = expand(seen.graph, seen.record("above").edge, pairs((0, 1)))
+    assert not bool(found.hard.any()) and not found.parts
+    (item,) = found.boundary
+    assert item.record is seen.record("below") and len(item.differences) == 2
+    assert not bool(prove_zero(seen.graph, seen.record("above"), pairs((0, 1))).any())
 
 
 # ---- batch normalisation -------------------------------------------------------------------------
