@@ -1,6 +1,6 @@
 """The product's promise over every activation, pooling, selection and layer: none false, enough true.
 
-Judged by a sampled hull and by replay of every witness (``wide_oracle.py``).
+Judged by enumeration of cells (``adcert.oracle``), by a sampled hull and by replay of every witness (``wide_oracle.py``).
 """
 
 from __future__ import annotations
@@ -43,25 +43,28 @@ def test_false_certificates_are_noticed() -> None:
             adcert.Verdict.CERTIFIED, claim="clarke", shapes=shapes, scales=dict.fromkeys(shapes, 1)
         )
 
-    outcomes = [run(seed, credulous) for seed in (0, 2, 77, 87, 97)]
+    outcomes = [run(seed, credulous) for seed in (0, 21, 33, 41, 77)]
     assert [any("FALSE" in alarm for alarm in o.alarms) for o in outcomes] == [False, True, True, True, True]
 
 
 def test_table_counts_per_kind() -> None:
     def outcome(label: str, right: bool | None, default: str, strict: str) -> Outcome:
         verdicts = {"default": default, "strict": strict}
-        return Outcome(0, frozenset({label}), right, True, verdicts, {"default": ("f at a.py:3",), "strict": ()}, ())
+        return Outcome(
+            0, frozenset({label}), right, "exact", True, verdicts, {"default": ("f at a.py:3",), "strict": ()}, ()
+        )
 
     outcomes = [
         outcome("relu", True, "certified", "certified"),
         outcome("relu", True, "certified", "uncertified"),
         outcome("abs", True, "undecided", "undecided"),
         outcome("abs", None, "undecided", "undecided"),
+        outcome("abs", False, "undecided", "undecided"),
     ]
     assert recall(outcomes) == pytest.approx(2 / 3)
     assert recall(outcomes, "strict") == pytest.approx(1 / 3)
     lines = {line.split()[0]: line.split()[1:] for line in table(outcomes).splitlines()}
-    assert lines["relu"] == ["2", "2", "2", "100.0%", "50.0%", "0"]
-    assert lines["abs"] == ["2", "1", "0", "0.0%", "0.0%", "2"]
+    assert lines["relu"] == ["2", "2", "0", "2", "100.0%", "50.0%", "0"]
+    assert lines["abs"] == ["3", "1", "1", "0", "0.0%", "0.0%", "3"]
     assert "1  f at ~" in table(outcomes)
     assert plain_reason("f (g at x.py:12) of 'a.b' in 3 rows") == "f (g at ~) of ~ in ~ rows"
