@@ -1,6 +1,7 @@
 """The product's promise over every activation, pooling, selection and layer: none false, enough true.
 
-Judged by enumeration of cells (``adcert.oracle``), by a sampled hull and by replay of every witness (``wide_oracle.py``).
+Judged by enumeration of cells (``adcert.oracle``), by a sampled hull and by replay of every witness
+(``wide_oracle.py``).
 """
 
 from __future__ import annotations
