@@ -437,3 +437,16 @@ def test_judge_is_deterministic_and_its_hull_is_a_proof() -> None:
         if first.member is False:
             separator = np.array(first.hull.separator)
             assert ((first.elements - first.gradient) @ separator > 0).all()
+
+
+def test_a_point_between_floats_is_not_rounded() -> None:
+    """relu(w + v) on both sides of w + v = 0 by 2^-80, and the gradient (v, w) of w v at such a point."""
+    model = nn.Sequential(parameters(1, -1), linear([[1, 1]]), nn.ReLU())
+    program = trace(network(model, [[1.0]], [[1.0]]))
+    e = Fraction(1, 2**80)
+    for shift, gradient in ((e, [1, 1]), (-e, [0, 0])):
+        cells = enumerate_cells(localized(moved(program, [Fraction(1), shift - 1])))
+        assert as_rows(cells.certain) == [gradient]
+    product = trace(network(nn.Sequential(parameters(1), nn.ReLU(), linear([[3]], frozen=False)), [[1.0]], [[1.0]]))
+    cells = enumerate_cells(localized(moved(product, [1 + e, 3 - e])))
+    assert [x * cells.scale for x in cells.certain[0]] == [3 - e, 1 + e]

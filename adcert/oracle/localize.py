@@ -21,6 +21,11 @@ def localized(program: Program) -> Program:
     for node in np.flatnonzero(program.constant):
         place[node] = graph.number(program.value(node) if int(node) in program.fractions else program.values[node])
     place[program.parameters] = graph.parameter(program.values[program.parameters])
+    graph.fractions.update(
+        (int(place[node]), program.fractions[int(node)])
+        for node in program.parameters
+        if int(node) in program.fractions
+    )
     needed = _needed(program)
     memo: dict[tuple[int, ...], int] = {}
     for op in program.ops:

@@ -114,7 +114,7 @@ def moved(program: Program, point: Sequence[Fraction]) -> Program:
 
 
 def _distance(program: Program, arc: Array, s: Fraction, g: list[Fraction]) -> float | None:
-    """|grad f(w(s)) - g| in the max norm, from an exact evaluation at w(s); None if some comparison is an
+    """|grad f(w(s)) - g| in the max norm, in float64, from an exact evaluation at w(s); None if some comparison is an
     equality there between functions that are not identical."""
     powers = [s ** (e + 1) for e in range(len(arc))]
     shift = [sum((p * int(x) for p, x in zip(powers, arc[:, 0, k], strict=True)), Fraction(0)) for k in range(len(g))]
@@ -122,7 +122,8 @@ def _distance(program: Program, arc: Array, s: Fraction, g: list[Fraction]) -> f
     cells = enumerate_cells(local, BUDGET)
     if not cells.complete or len(cells.certain) != 1 or len(cells.possible):
         return None
-    return max((float(abs(int(x) * cells.scale - y)) for x, y in zip(cells.certain[0], g, strict=True)), default=0.0)
+    pairs = zip(cells.certain[0], g, strict=True)
+    return max((abs(float(int(x) * cells.scale) - float(y)) for x, y in pairs), default=0.0)
 
 
 def confirm(
