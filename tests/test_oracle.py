@@ -396,6 +396,14 @@ def test_larger_rank_moves_more() -> None:
     assert replays(case, step, {"0.weight": 1, "0.bias": 1}).limit == (1, 1)
 
 
+def test_a_witness_of_many_ranks_is_followed_as_far_as_it_takes() -> None:
+    """relu(w v) at (0, 0) along noise of size t^13: what decides is t^26."""
+    case = network(nn.Sequential(parameters(0), linear([[0]], frozen=False), nn.ReLU()), [[1.0]], [[1.0]])
+    replay = replays(case, {}, {"0.weight": 6})
+    assert replay.limit == (0, 0)
+    assert replay.reproduces
+
+
 def test_distances_shrink_with_the_scale() -> None:
     """w2 relu(w1) at (0, 3) with w1 < 0 is constant; with w1 > 0 the gradient (w2, w1) differs by 3."""
     model = nn.Sequential(parameters(0), nn.ReLU(), linear([[3]], frozen=False))

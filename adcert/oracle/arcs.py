@@ -10,7 +10,7 @@ Is f differentiable at w(t)? Where every comparison is strict, yes. A comparison
 harmless exactly when the two functions compared are the same polynomial in the parameters under that
 pattern (a dead unit, two equal patches): then f is a polynomial near w(t). Equality as polynomials is
 tested at a random point modulo 2^31 - 1 (Schwartz-Zippel; a wrong answer has probability below degree /
-2^31). Samples that fail are dropped. So are those where powers above t^24 would have to decide.
+2^31). Samples that fail are dropped. So are those where powers of t that were not kept would have to decide.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import numpy as np
 from .linear import Linear, linear_maps
 from .program import PRIME, Array, OracleError, Poly, Program, Select
 
-POWERS = 25  # coefficients that are kept
+POWERS = 25  # coefficients that are kept, if no one says otherwise
 
 Choice = Array | None  # of a select: the place of the member taken, [n, S]
 
@@ -77,7 +77,7 @@ class Arcs:
         self.denominators, self.maps = linear_maps(program)
         self.big = any(int(u) >= 2**20 for u in self.units.of)
 
-    def limits(self, arcs: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    def limits(self, arcs: Array, rng: np.random.Generator, powers: int = POWERS) -> tuple[Array, Array]:
         """Limits of the true gradient along arcs [E, S, P] (integer coefficients of t, t^2, ...), times the
         output's denominator: integers [S, P], and a mask [S] of the valid ones.
 
@@ -85,16 +85,16 @@ class Arcs:
         differentiable there.
         """
         try:
-            values, choices = self.forward(arcs.astype(object) if self.big else arcs)
+            values, choices = self.forward(arcs.astype(object) if self.big else arcs, powers)
         except OverflowError:
-            values, choices = self.forward(arcs.astype(object))
+            values, choices = self.forward(arcs.astype(object), powers)
         return self.backward(choices, arcs.shape[1]), self.identities(values, choices, rng)
 
-    def forward(self, arcs: Array) -> tuple[Array, list[Choice]]:
+    def forward(self, arcs: Array, powers: int = POWERS) -> tuple[Array, list[Choice]]:
         """Coefficients [N, D, S] of every node along the arcs, and the choices; int64 (OverflowError when it does
         not suffice) or Python integers."""
         program, of = self.program, self.units.of
-        samples, degree = arcs.shape[1], self.degrees(len(arcs))
+        samples, degree = arcs.shape[1], self.degrees(len(arcs), powers)
         powers = int(degree.max()) + 1
         values = np.zeros((len(program.values), powers, samples), dtype=arcs.dtype)
         known = np.append(np.flatnonzero(program.constant), program.parameters)
@@ -113,13 +113,13 @@ class Arcs:
             choices.append(choice)
         return values, choices
 
-    def degrees(self, steps: int) -> Array:
-        """The degree in t of every node, at most, and at most POWERS - 1."""
+    def degrees(self, steps: int, powers: int) -> Array:
+        """The degree in t of every node, at most, and at most powers - 1."""
         degree = np.zeros(len(self.program.values), dtype=np.int64)
-        degree[self.program.parameters] = min(steps, POWERS - 1)
+        degree[self.program.parameters] = min(steps, powers - 1)
         for op in self.program.ops:
             if isinstance(op, Poly):
-                degree[op.out] = np.minimum((degree[op.left] + degree[op.right]).max(axis=1), POWERS - 1)
+                degree[op.out] = np.minimum((degree[op.left] + degree[op.right]).max(axis=1), powers - 1)
             elif isinstance(op, Select):
                 degree[op.out] = degree[op.members].max(axis=1)
         return degree
@@ -133,8 +133,11 @@ class Arcs:
             terms = float(op.left.shape[1] * (min(a, b) + 1))
             if terms * float(np.abs(left).max(initial=0)) * float(np.abs(right).max(initial=0)) > 2.0**62:
                 raise OverflowError("coefficients too large for int64")
+        used = (right != 0).any(axis=(0, 1, 3))
         for d in range(a + 1):
-            for e in range(min(b + 1, values.shape[1] - d)):
+            if not (left[:, :, d] != 0).any():
+                continue
+            for e in np.flatnonzero(used[: values.shape[1] - d]).tolist():
                 if values.dtype == object:
                     values[op.out, d + e] += (left[:, :, d] * right[:, :, e]).sum(axis=1)
                 else:

@@ -20,6 +20,7 @@ from .trace import Parameters, trace
 
 __all__ = ["Confirmation", "Replay", "confirm", "replays"]
 
+DEPTHS = (25, 75, 225)  # powers of t that are kept along a witness, until they decide
 SCALES = tuple(2.0**-k for k in (2, 6, 12, 24, 48, 96))
 
 
@@ -67,7 +68,10 @@ def replays(
     g = flatten(ad_gradient(closure, parameters), program.slices)
     rng = np.random.default_rng((seed, 2))
     arc = _witness(program, directions, scales, rng)
-    limits, valid = evidence.along(arc, rng)
+    for powers in DEPTHS:
+        limits, valid = evidence.along(arc, rng, powers)
+        if valid[0]:
+            break
     unit = evidence.scale or Fraction(1)
     limit = tuple(int(x) * unit for x in limits[0]) if valid[0] else None
     distances = tuple(_distance(program, arc, Fraction(s), g) for s in series)

@@ -10,7 +10,7 @@ from math import lcm
 
 import numpy as np
 
-from .arcs import Arcs
+from .arcs import POWERS, Arcs
 from .cells import Cells, enumerate_cells, follow
 from .gradients import Closure, Gradient, ad_gradient, flatten
 from .hull import Hull, in_hull, near_hull
@@ -169,12 +169,12 @@ class Evidence:
         for block in random_arcs(self.local.slices, width, samples, directions, rng):
             self.along(block, rng)
 
-    def along(self, block: Array, rng: np.random.Generator) -> tuple[Array, Array]:
+    def along(self, block: Array, rng: np.random.Generator, powers: int = POWERS) -> tuple[Array, Array]:
         """Limits along arcs [E, S, P], scaled, and which of them are valid."""
         if self._arcs is None:
             self._arcs = Arcs(self.local)
             self._unit(Fraction(1, int(self._arcs.denominators[self.local.output])))
-        limits, valid = self._arcs.limits(block, rng)
+        limits, valid = self._arcs.limits(block, rng, powers)
         for k in np.flatnonzero(valid):
             key = tuple(map(int, limits[k]))
             if key not in self.elements:
