@@ -259,7 +259,7 @@ class Search:
             self.doubt = True  # to second order, members of one class may lie on both sides of the winner
         for n in range(len(classes)):
             others = [m for m in range(len(classes)) if m != n]
-            for below in _subsets(others):
+            for below in self.subsets(others, rank, total):
                 beneath = sum(sizes[m] for m in below)
                 if not beneath <= rank < beneath + sizes[n]:
                     continue
@@ -273,6 +273,14 @@ class Search:
                 group.winners.append(winner)
                 group.constraints.append(constraints)
         return group
+
+    def subsets(self, others: list[int], rank: int, total: int) -> Iterator[tuple[int, ...]]:
+        """The classes that may be below a winner: none for a minimum, all for a maximum, else any subset."""
+        if rank in (0, total - 1):
+            return iter([tuple(others if rank else ())])
+        if 2 ** len(others) > self.budget:
+            raise BudgetError
+        return _subsets(others)
 
     def decide(self, options: list[list[list[Function]]], node: Node) -> Iterator[tuple[list[int], Node]]:
         """All ways to choose one option per decision that the constraints do not exclude."""
