@@ -42,7 +42,7 @@ def _rounded(value: Tensor, spread: Tensor | None) -> Ball:
 def exp(a: Ball) -> Ball:
     """``e^a``; minus infinity gives an exact 0."""
     value = a.value.exp()
-    spread = None if a.radius is None else value * a.radius.expm1()
+    spread = None if a.radius is None else _raised(value, a.value, a.radius)
     ball = _rounded(value, spread)
     assert ball.radius is not None
     gone = a.value == -math.inf
@@ -54,7 +54,13 @@ def sigmoid(a: Ball) -> Ball:
     value = a.value.sigmoid()
     if a.radius is None:
         return _rounded(value, None)
-    return _rounded(value, torch.minimum(value, (-a.value).sigmoid()) * a.radius.expm1() * (1 + ULPS * UNIT))
+    return _rounded(value, _raised(torch.minimum(value, (-a.value).sigmoid()), -a.value.abs(), a.radius))
+
+
+def _raised(value: Tensor, exponent: Tensor, radius: Tensor) -> Tensor:
+    """What an error of its exponent adds to ``value <= e^exponent``, which may have been flushed to 0."""
+    more = torch.where(value > _SMALL, value * radius.expm1(), (exponent + radius).exp())
+    return more * (1 + 2 * ULPS * UNIT)
 
 
 def _absolute(a: Tensor) -> Tensor:

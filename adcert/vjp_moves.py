@@ -110,7 +110,7 @@ def _mean(walk: Pass, node: Node, g: Slices) -> None:
     edge = node.next_functions[0]
     shape = shape_of(*edge)
     dims = saved(node, "dim")
-    every = range(len(shape)) if not dims else [signed(d) % len(shape) for d in dims]
+    every = range(len(shape)) if not dims or not shape else [signed(d) % len(shape) for d in dims]
     kept = tuple(1 if d in every else size for d, size in enumerate(shape))
     table = torch.arange(math.prod(kept)).reshape(kept).expand(shape).reshape(-1)
     share = Slices(g.row, g.sample, g.data.divided(max(1, math.prod(shape) // max(1, math.prod(kept)))), g.shape)
@@ -118,7 +118,7 @@ def _mean(walk: Pass, node: Node, g: Slices) -> None:
 
 
 def _adjoint(forward: Callable[[Tensor], Tensor], shape: tuple[int, ...], terms: int, g: Ball) -> Ball:
-    """The transpose of a linear map with weights >= 0 that sums at most ``terms`` products either way."""
+    """The transpose of a linear map, whose weights have one sign, that sums at most ``terms`` products either way."""
 
     def back(t: Tensor) -> Tensor:
         with torch.enable_grad():
@@ -126,10 +126,15 @@ def _adjoint(forward: Callable[[Tensor], Tensor], shape: tuple[int, ...], terms:
             (found,) = torch.autograd.grad(forward(x), x, t)
         return found
 
-    radius = back(g.value.abs()) * balls.gamma(terms + 4)
+    radius = back(g.value.abs()).abs() * balls.gamma(terms + 4)
     if g.radius is not None:
-        radius = radius + back(g.radius)
+        radius = radius + back(g.radius).abs()
     return Ball(back(g.value), radius * SLACK)
+
+
+def _divisor(node: Node) -> int | None:
+    given = saved(node, "divisor_override")
+    return None if given is None else signed(given)
 
 
 def _avg_pool(walk: Pass, node: Node, g: Slices) -> None:
@@ -144,7 +149,7 @@ def _avg_pool(walk: Pass, node: Node, g: Slices) -> None:
     else:
         plain: Any = F.avg_pool3d if dims == 3 else F.avg_pool2d
         names = ("kernel_size", "stride", "padding", "ceil_mode", "count_include_pad", "divisor_override")
-        options = [saved(node, name) for name in names]
+        options = [saved(node, name) for name in names[:-1]] + [_divisor(node)]
         pool = lambda x: plain(x, *options)  # noqa: E731
     shape = shape_of(*edge)
     if len(shape) == dims + 1:  # no batch dimension: slices are channels
