@@ -139,7 +139,7 @@ class StepAnalysis:
         for name, tensor in self.leaves.trainable().items():
             if not self.leaves.in_model(name):
                 self.assumptions[f"{name}, a leaf outside the model, is an independent variable"] = None
-            if tensor._backward_hooks:
+            if tensor._backward_hooks or tensor._post_accumulate_grad_hooks:
                 self.assumptions[f"hooks on {name} may change its gradient afterwards"] = None
         changed = watch.changed_leaf()
         return "" if changed is None else f"{self.leaves.name(changed)} was modified after its first use in the step"

@@ -19,7 +19,7 @@ import torch
 
 from .balls import Ball
 from .differences import Differences
-from .layers import ACCUMULATE, Graph, kind_of, shape_of
+from .layers import ACCUMULATE, Graph, complex_at, kind_of, shape_of
 from .movement import PERMUTATIONS, permutation
 from .normalization import BATCH_NORM
 from .records import Node
@@ -145,6 +145,8 @@ class Pass:
     def visit(self, node: Node, number: int, g: Slices) -> None:
         record = self.graph.record_of.get(node)
         leaf = self.graph.leaf(node)
+        if complex_at(node):
+            raise Unsupported(f"{node.name()} of complex numbers")
         if record is not None and self.local:
             return
         if record is not None:

@@ -13,8 +13,9 @@ from torch.nn import functional as F
 
 # In C++, all they do is in the graph; in Python it may be anything.
 _COMPILED = (BuiltinFunctionType, MethodDescriptorType, MethodWrapperType, WrapperDescriptorType)
-# In C++, with a clamp out of autograd's sight: below eps the function is not the one that is differentiated.
-_HIDING = frozenset({"cosine_similarity"})
+# In C++, with a clamp out of autograd's sight (below eps the function is not the one that is differentiated), or with
+# branches on the values of their targets.
+_HIDING = frozenset({"cosine_similarity", "poisson_nll_loss", "hinge_embedding_loss", "cosine_embedding_loss"})
 # torch's functions written in Python run unseen inside; these hide no branch from the graph.
 _TRANSPARENT = frozenset(
     """batch_norm group_norm instance_norm layer_norm rms_norm local_response_norm dropout dropout1d
@@ -42,8 +43,10 @@ _ANALYTIC_WRITES = frozenset(
 _DIVISIONS = frozenset({Tensor.div_, Tensor.divide_, Tensor.true_divide_, Tensor.__itruediv__})
 
 
-def opaque(func: Any) -> bool:
-    """May a function do what the graph does not show? True for every one that is not known."""
+def opaque(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """May a call do what the graph does not show? True for every function that is not known."""
+    if func is F.embedding:  # max_norm: it shortens rows of its weight, in place
+        return (args[3] if len(args) > 3 else kwargs.get("max_norm")) is not None
     if isinstance(func, _COMPILED):
         return getattr(func, "__name__", "") in _HIDING
     if isinstance(func, (OpOverload, OpOverloadPacket)):

@@ -6,12 +6,14 @@ is, the operation is analytic (or has a continuous derivative, which suffices) a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .layers import shape_of
 from .movement import readers, signed, sources
 from .records import Node
 from .transfer import through
@@ -119,6 +121,13 @@ def moves_only(node: Node) -> bool:
     except ValueError:
         return False
     return len(claimed) == len(torch.unique(claimed))
+
+
+def _within(node: Node) -> bool:
+    """A view by strides reads its input alone: beside it in memory may be more, of which autograd does not know."""
+    shape = shape_of(node, 0)
+    found = through(node, 0, torch.ones(shape, dtype=torch.float64))[0]
+    return found is not None and abs(float(found.sum()) - math.prod(shape)) < 0.5
 
 
 def _nearest(node: Node) -> bool:
@@ -251,6 +260,7 @@ GUARDED: dict[str, Callable[[Node], Answer]] = {
     "MkldnnRnnLayerBackward": lambda node: int(node._saved_mode) == 2,  # LSTM
     "IndexPutBackward": moves_only,
     "ScatterBackward": moves_only,
+    "AsStridedBackward": _within,
     **dict.fromkeys([f"UpsampleNearest{d}DBackward" for d in (1, 2, 3)], _nearest),
     **KINKS,
 }

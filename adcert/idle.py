@@ -68,7 +68,7 @@ class _Felt(Pass):
             raise Unsupported(node.name())
         radius = g.data.value.abs() if g.data.radius is None else g.data.radius + g.data.value.abs()
         mask = torch.zeros(g.shape, dtype=torch.bool)
-        mask[g.sample] = radius > 0
+        mask[g.sample] = radius != 0  # NaN, of an infinite radius times 0, is felt
         self.outputs[record] = mask.reshape(-1)
         if record.edge[0] is not None:
             shape = padded(shape_of(*record.edge))

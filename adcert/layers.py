@@ -32,6 +32,11 @@ def kind_of(node: Node) -> str:
     return name.rstrip("0123456789")
 
 
+def complex_at(node: Node) -> bool:
+    """Does a node compute complex numbers?"""
+    return any(each.dtype.is_complex for each in node._input_metadata)
+
+
 class Leaves:
     """Names of the leaves that require grad: the model's qualified names, else ``leaf0``, ``leaf1``, ..."""
 

@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from . import activations, ops
@@ -383,9 +384,14 @@ def _recordable(x: Tensor) -> bool:
     On a GPU that happens on autograd's own thread, where no recorder is active and torch's operators save other
     tensors than ours.
     """
-    if not (x.requires_grad and torch.is_grad_enabled() and x.is_floating_point()):
+    if not (x.requires_grad and torch.is_grad_enabled() and x.is_floating_point()) or _transformed():
         return False
     return not x.is_cuda or torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+
+
+def _transformed() -> bool:
+    """Is a transform (vmap, grad, jvp) or forward mode active? Values are wrapped then; operators have no rules."""
+    return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 
 
 _state = threading.local()

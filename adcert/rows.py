@@ -19,7 +19,7 @@ from torch import Tensor
 
 from . import patches
 from .differences import Boundary, Differences, Expansion, Part, broadcast_index, unit_parts
-from .layers import Graph, kind_of, shape_of
+from .layers import Graph, complex_at, kind_of, shape_of
 from .movement import MOVES, PARTS, SOURCES, readers, sources
 from .normalization import BATCH_NORM
 from .records import Node
@@ -87,7 +87,7 @@ class Walk:
             self.leaf_entries(leaf, differences, owner, scaled)
             return
         rule = _RULES.get(kind_of(node))
-        if rule is None or not rule(self, node, number, differences, owner, scaled):
+        if rule is None or complex_at(node) or not rule(self, node, number, differences, owner, scaled):
             self.result.hard[owner] = True
 
     def leaf_entries(self, leaf: str, differences: Differences, owner: Tensor, scaled: bool) -> None:

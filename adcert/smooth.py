@@ -9,7 +9,7 @@ from .normalization import BATCH_NORM
 _NAMES = """
     Add Sub Rsub Mul Neg View UnsafeView ReshapeAlias Squeeze Unsqueeze Expand Permute Transpose T Slice
     Select Cat Stack Split SplitWithSizes UnsafeSplit UnsafeSplitWithSizes Unbind ConstantPadNd Clone ToCopy Alias
-    Flip Roll Rot90 Repeat Narrow Diagonal DiagEmbed AsStrided Unfold Tril Triu Trace Im2Col Col2Im
+    Flip Roll Rot90 Repeat Narrow Diagonal DiagEmbed Unfold Tril Triu Trace Im2Col Col2Im
     ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D
     PixelShuffle PixelUnshuffle ChannelShuffle Index IndexSelect Gather Take Where MaskedFill MaskedSelect ScatterAdd
     IndexAdd Cumsum Mean Sum Convolution Addmm Mm Bmm Baddbmm Addbmm Mv Addmv Addr Dot Vdot Linear Addcmul Lerp

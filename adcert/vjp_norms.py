@@ -142,10 +142,8 @@ def _group_norm(walk: Pass, node: Node, g: Slices) -> None:
     along = _along(weighted, x, normalized).divided(x.shape[2])
     result = (weighted - mean - normalized * along) * scale
     edge = node.next_functions[0]
-    if layer and g.shape[0] == 1 and g.shape[1:] == padded(shape_of(*edge)):
-        if edge[0] is not None:
-            full = to_dense(walk.count, Slices(g.row, g.sample, result, (1, *x.shape[1:])))
-            send_dense(walk, edge, full)
+    if edge[0] is not None and layer and g.shape[0] == 1 and g.shape[1:] == padded(shape_of(*edge)):
+        send_dense(walk, edge, to_dense(walk.count, Slices(g.row, g.sample, result, (1, *x.shape[1:]))))
     else:
         send(walk, edge, g, result.map(lambda t: t.reshape(g.data.value.shape)))
     _affine(walk, node, g.row, flat, x, normalized, layer)
@@ -164,7 +162,9 @@ def _affine(walk: Pass, node: Node, row: Tensor, flat: Ball, x: Tensor, normaliz
 
     if beta is not None:
         add_rows(walk, beta, row, flat.map(apart).sum((2,)))
-    if gamma is not None:
+    if gamma is not None and layer:  # an entry adds up over groups, each with statistics of its own
+        add_rows(walk, gamma, row, (flat * normalized).map(apart).sum((2,)))
+    elif gamma is not None:
         found = _along(flat.map(apart), apart(x), normalized.map(apart))
         add_rows(walk, gamma, row, found.map(lambda t: t[:, :, 0]))
 

@@ -425,7 +425,7 @@ class _Call:
             message = ""
             if source is not None:
                 message = f"{told(source)} steers the differentiable {self.name}{caller()}"
-            elif not self.known and opaque(self.func):
+            elif not self.known and opaque(self.func, self.args, self.kwargs):
                 message = f"{self.name}{caller()} is written in Python and may hide a branch from autograd"
             if message:  # the base of a view reaches what was written into it past the view's own node
                 watch.mixed += [(node, message) for node in (tensor.grad_fn, *pastes)]

@@ -1,0 +1,150 @@
+"""Steps that were certified once although autodiff is wrong, or that failed although plain torch does not."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from core_helpers import autograd_rows, engine_rows, look, pairs, param
+from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn import functional as F
+
+import adcert
+from adcert import enclosures
+from adcert.balls import Ball
+
+
+class _Model(nn.Module):
+    def __init__(self, *each: nn.Parameter) -> None:
+        super().__init__()
+        self.each = nn.ParameterList(each)
+
+
+def certify(closure: Callable[[], Tensor], *each: nn.Parameter) -> adcert.Certificate:
+    return adcert.certify(closure, _Model(*each))
+
+
+def test_an_unknown_slope_is_felt() -> None:
+    """sin at 2e6 has no error bound: infinite radii meet weights that are 0. h_1 - h_2 is w, autodiff says 0."""
+    w, weight = param([[0.0]]), torch.tensor([[1.0, -1.0], [0.0, 0.0]], dtype=torch.float64)
+
+    def loss() -> Tensor:
+        h = torch.relu(torch.cat([w, -w], 1))
+        return torch.sin(F.linear(h, weight, torch.full((2,), 2e6, dtype=torch.float64))).sum()
+
+    assert certify(loss, w).verdict == "uncertified"
+
+
+def test_complex_factors_have_no_rule() -> None:
+    """i i w is -w, and relu(w) - relu(-w) is w."""
+    w = param([0.0])
+
+    def loss() -> Tensor:
+        turned = (w.to(torch.complex128) * 1j * 1j).to(torch.float64)
+        return (torch.relu(w) - torch.relu(turned)).sum()
+
+    certificate = certify(loss, w)
+    assert certificate.verdict == "undecided"
+    assert any("complex" in reason for reason in certificate.reasons)
+
+
+def test_strides_that_leave_the_input() -> None:
+    """Autograd drops the gradient of what a view by strides reads beside its input."""
+    w = param([1.0, 2.0, 3.0, 4.0])
+    beside = certify(lambda: (w * 1.0)[:2].as_strided((4,), (1,), 0).sum(), w)
+    assert beside.verdict == "undecided"
+    assert any("AsStrided" in reason for reason in beside.reasons)
+    assert certify(lambda: (w * 1.0).as_strided((3, 2), (1, 1), 0).sum(), w).verdict == "certified"
+    assert certify(lambda: (w[:2] * 1.0).expand(3, 2).as_strided((2,), (1,), 0).sum(), w).verdict == "certified"
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_an_embedding_that_shortens_its_rows(by_name: bool) -> None:
+    """At norm 1 = max_norm the function is w on one side and a constant on the other."""
+    w, at = param([[1.0]]), torch.tensor([0])
+
+    def loss() -> Tensor:
+        e = F.embedding(at, w, max_norm=1.0) if by_name else F.embedding(at, w, None, 1.0)
+        return F.leaky_relu(1.0 - e).sum() + 2.0 * e.sum()
+
+    assert certify(loss, w).verdict == "undecided"
+    assert certify(lambda: F.embedding(at, w, None, None).sum(), w).verdict == "certified"
+
+
+def test_losses_that_branch_on_their_targets() -> None:
+    w = param([1.0])
+    one = torch.ones(1, dtype=torch.float64)
+    assert certify(lambda: torch.poisson_nll_loss(one, w * 1.0, True, True, 1e-8, 2), w).verdict == "undecided"
+    assert certify(lambda: torch.hinge_embedding_loss(w * 3.0, w * 1.0, 1.0, 2), w).verdict == "undecided"
+
+
+_TOKENS = [[[1.0, 2.0, 4.0], [1.0, 3.0, -5.0]]]
+
+
+def test_equal_entries_of_different_tokens() -> None:
+    """gamma_0 = 0 ties the tokens; their entries 0 are equal, but not their normalised ones. The loss is 0."""
+    x, gamma = param(_TOKENS), param([0.0, 1.0, 1.0])
+
+    def loss() -> Tensor:
+        h = F.layer_norm(x * 1.0, (3,), gamma)[:, :, 0]
+        return h.max(1)[0].sum() - h.flip(1).max(1)[0].sum()
+
+    assert certify(loss, x, gamma).verdict != "certified"
+
+
+def test_the_gradient_of_a_scale_over_tokens() -> None:
+    x, gamma = param(_TOKENS), param([0.0, 1.0, 1.0])
+    seen = look(lambda probe: probe.relu(F.layer_norm(x * 1.0, (3,), gamma)), x=x, gamma=gamma)
+    d = pairs((0, 3))
+    found, truth = (
+        engine_rows(seen, seen.records[-1], d)["gamma"],
+        autograd_rows(seen.y(seen.records[-1]), seen.parameters(), d)["gamma"],
+    )
+    assert abs(float(truth[0, 0])) > 0.1
+    assert bool(((found.value - truth).abs() <= found.radius + 1e-14).all())
+
+
+def test_one_sample_of_a_constant() -> None:
+    gamma = param([[1.0, 2.0, 3.0]])
+    x = torch.tensor([[1.0, 2.0, 4.0]], dtype=torch.float64)
+    seen = look(lambda probe: probe.relu(F.layer_norm(x, (1, 3), gamma)), gamma=gamma)
+    d = pairs((0, -1), (2, 1))
+    found = engine_rows(seen, seen.records[-1], d)["gamma"]
+    truth = autograd_rows(seen.y(seen.records[-1]), seen.parameters(), d)["gamma"]
+    assert bool(((found.value - truth).abs() <= found.radius + 1e-14).all())
+
+
+def test_exponentials_that_are_flushed_to_zero() -> None:
+    """e^a is 0 in float64 for a = -800, but not at a + 790."""
+    a = Ball(torch.tensor([-800.0]).double(), torch.tensor([790.0]).double())
+    for function, truth in ((enclosures.exp, 4.5e-5), (enclosures.sigmoid, 4.5e-5)):
+        found = function(a)
+        assert found.radius is not None
+        assert float(found.value + found.radius) > truth
+    found = enclosures.sigmoid(-a)
+    assert found.radius is not None
+    assert float(found.value - found.radius) < 1 - 4.5e-5
+
+
+def test_transforms_and_forward_mode_run() -> None:
+    """Operators that record have no rules for them: torch's own run, and the step is undecided."""
+    w = param([-1.0, 0.0, 2.0])
+
+    def inner() -> Tensor:
+        return torch.func.grad(lambda v: (torch.relu(v) ** 2).sum())(w).sum()
+
+    def forward() -> Tensor:
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(w, torch.ones_like(w))
+            return forward_ad.unpack_dual(torch.relu(dual).abs()).tangent.sum() + w.sum()
+
+    for loss in (inner, forward, lambda: torch.vmap(torch.relu)(w).sum()):
+        assert certify(loss, w).verdict == "undecided"
+
+
+def test_hooks_after_accumulation_are_an_assumption() -> None:
+    w = param([1.0])
+    w.register_post_accumulate_grad_hook(lambda p: None)
+    assert any("hooks on" in text for text in certify(lambda: (w * w).sum(), w).assumptions)
