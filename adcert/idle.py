@@ -73,6 +73,9 @@ class _Felt(Pass):
         if record.edge[0] is not None:
             shape = padded(shape_of(*record.edge))
             self.mark(record.edge, felt_inputs(record, mask.reshape(-1)), shape)
+        if record.own_edge[0] is not None:  # slopes that were computed
+            shape = padded(shape_of(*record.own_edge))
+            self.mark(record.own_edge, torch.full(shape, bool(mask.any())), shape)
 
     def sink(self, edge: tuple[Node, int]) -> Sink | None:
         """Parameters are not asked; what a weight was computed from is."""

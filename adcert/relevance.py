@@ -30,7 +30,7 @@ def relevant_outputs(graph: Graph, record: OpRecord, units: Tensor) -> Tensor:
         return torch.ones(len(units), dtype=torch.bool)
     found = torch.zeros(len(units), dtype=torch.bool)
     for item in records:
-        if item is None:
+        if item is None or item.edge[0] is not record.node or item.own_edge[0] is record.node:
             return torch.ones(len(units), dtype=torch.bool)
         found |= relevant_inputs(graph, item, units)
     return found

@@ -148,3 +148,10 @@ def test_hooks_after_accumulation_are_an_assumption() -> None:
     w = param([1.0])
     w.register_post_accumulate_grad_hook(lambda p: None)
     assert any("hooks on" in text for text in certify(lambda: (w * w).sum(), w).assumptions)
+
+
+def test_slopes_that_were_computed_are_felt() -> None:
+    """The slope relu(w) - relu(-w) is w, and the loss -3 w."""
+    x, w = param([[-1.0], [-2.0]]), param([0.0])
+    certificate = certify(lambda: F.prelu(x, torch.relu(w) - torch.relu(-w)).sum(), x, w)
+    assert certificate.verdict != "certified"
