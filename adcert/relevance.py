@@ -25,7 +25,8 @@ def relevant_outputs(graph: Graph, record: OpRecord, units: Tensor) -> Tensor:
         known = graph.felt.get(record)
         return torch.zeros(len(units), dtype=torch.bool) if known is None else known[units]
     consumers = graph.consumers[record.node]
-    records = [graph.record_of.get(node) for node, _, _ in consumers]
+    # what PReLU reads as its slopes is no unit of its y
+    records = [None if slot else graph.record_of.get(node) for node, slot, _ in consumers]
     if record.node in graph.roots or not records:
         return torch.ones(len(units), dtype=torch.bool)
     found = torch.zeros(len(units), dtype=torch.bool)

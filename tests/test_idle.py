@@ -48,6 +48,9 @@ def test_idle_units_need_no_rows(name: str, function: Callable[[Two], Tensor]) -
 
 FELT: list[tuple[str, Callable[[Two], Tensor]]] = [
     ("used", lambda m: odd(m.x)),
+    ("slope of a PReLU", lambda m: F.prelu(m.v - 1, odd(m.x))),
+    ("slope of a PReLU over data", lambda m: F.prelu(torch.full((1,), -1.0, dtype=torch.float64), odd(m.x)) + m.v),
+    ("overflow", lambda m: torch.eye(2, 1, dtype=torch.float64) @ odd(m.x)[:, None] * 1e200 * 1e200 + m.v),
     ("weight of one", lambda m: odd(m.x) * (m.v + 1)),
     ("behind a touched kink: a zero backward gradient", lambda m: torch.relu(odd(m.x) - m.x / 2) - torch.relu(-m.x)),
     ("cancelling ways to one relu", lambda m: torch.relu(2 * odd(m.x) - m.x + 1) - torch.relu(m.x + 1)),
