@@ -18,6 +18,7 @@ from .differences import Differences, Expansion
 from .layers import Graph
 from .records import OpRecord
 from .rows import expand
+from .transfer import take
 
 
 def selected_inputs(record: OpRecord, units: Tensor) -> Tensor:
@@ -45,12 +46,20 @@ def follow(record: OpRecord, differences: Differences) -> tuple[Differences, Ten
     if record.rho.derivative is not None and slopes[0].radius is not None:  # on curves equal values only
         same &= (slopes[0].radius == 0) | (record.values(safe[0]) == record.values(safe[1]))
     good &= ~(alive[0] & alive[1]) | same
-    if record.own_edge[0] is not None:  # the slopes are parameters: dz / da = min(y, 0)
+    if record.own_edge[0] is not None:  # the slopes are parameters: dz / da = min(y, 0), a that of the channel
         y = [torch.where(there, record.values(units), 0) for there, units in zip(known, safe, strict=True)]
-        good &= y[0].clamp(max=0) == y[1].clamp(max=0)
+        own = [_slope_entries(record, units) for units in safe]
+        good &= (y[0].clamp(max=0) == y[1].clamp(max=0)) & ((own[0] == own[1]) | (y[0] >= 0))
     turned = torch.where(alive[0], slopes[0].value, slopes[1].value) < 0
     plus, minus = torch.where(turned, minus, plus), torch.where(turned, plus, minus)
     return Differences(plus, minus), good
+
+
+def _slope_entries(record: OpRecord, units: Tensor) -> Tensor:
+    """Which of PReLU's slopes each of these units has."""
+    assert record.left is not None
+    entries = torch.arange(record.left.numel()).reshape(record.left.shape)
+    return take(entries.expand(record.input_shape), units)
 
 
 def base_of(graph: Graph, record: OpRecord, strict: bool) -> OpRecord:
