@@ -43,9 +43,10 @@ def record(recorder: Recorder, func: Any, args: Sequence[Any], kwargs: Arguments
     if found is None:
         return NotImplemented
     names, defaults, inplace, handler = found
-    given = {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
-    known = len(args) <= len(names) and kwargs.keys() <= set(names)  # torch knows more spellings, axis for dim say
-    if not known or not isinstance(given.get("input"), Tensor):
+    spelt = {_NUMPY.get(key, key): value for key, value in kwargs.items()}
+    given = {**defaults, **dict(zip(names, args, strict=False)), **spelt}
+    unknown = spelt.keys() - {*names, "out"}
+    if unknown or spelt.get("out") is not None or len(args) > len(names) or not isinstance(given.get("input"), Tensor):
         return NotImplemented
     name = recorder.named or f"{func.__name__.strip('_')}{where()}"
     call = Call(name, given, lambda: func(*args, **kwargs), inplace or bool(given.get("inplace")))
@@ -68,10 +69,12 @@ def _relu(recorder: Recorder, call: Call) -> Any:
 
 def _prelu(recorder: Recorder, call: Call) -> Any:
     x, weight = call.given["input"], call.given["weight"]
-    shape = [1] * max(1, x.dim())
-    if weight.numel() > 1:
-        shape[min(1, x.dim() - 1)] = weight.numel()
-    left = weight.reshape(shape if x.dim() else ())
+    shape = [1] * x.dim()
+    if weight.numel() != 1:
+        if x.dim() < 2 or x.shape[1] != weight.numel():
+            return NotImplemented  # torch says why
+        shape[1] = weight.numel()
+    left = weight.reshape(shape)
     return recorder.kinked(x, activations.prelu(), call.name, call.run, left, False)
 
 
@@ -275,7 +278,7 @@ def _greater(largest: bool) -> Handler:
 def _amax(largest: bool) -> Handler:
     def handle(recorder: Recorder, call: Call) -> Any:
         dims = call.given["dim"]
-        return _even(recorder, call, (dims,) if isinstance(dims, int) else tuple(dims), largest)
+        return _even(recorder, call, (dims,) if isinstance(dims, int) else tuple(dims or ()), largest)
 
     return handle
 
@@ -371,7 +374,7 @@ def _statistic(rank_of: Callable[[Arguments, int], int]) -> Handler:
     return handle
 
 
-def _fractional(recorder: Recorder, call: Call) -> Any:
+def _fractional(recorder: Recorder, call: Call, pool: Callable[..., Any] = F.fractional_max_pool2d) -> Any:
     """Its windows start at random places, which are constants of the step; they are drawn as torch draws them."""
     given = dict(call.given)
     x = given["input"]
@@ -390,7 +393,7 @@ def _fractional(recorder: Recorder, call: Call) -> Any:
         ]
         return choices.windowed(x, output, _planar(x, indices, 2), axes)
 
-    return recorder.chosen(x, call.name, lambda: F.fractional_max_pool2d(**given), choice)
+    return recorder.chosen(x, call.name, lambda: pool(**given), choice)
 
 
 def _intervals(sample: Tensor, size: int, count: int, kernel: int) -> Tensor:
@@ -404,6 +407,7 @@ def _intervals(sample: Tensor, size: int, count: int, kernel: int) -> Tensor:
     return first[:, :, None] + torch.arange(kernel, device=sample.device)
 
 
+_NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # torch's functions take numpy's names, too
 _Entry = tuple[tuple[str, ...], Arguments, bool, Handler]
 _TABLE: dict[Any, _Entry] = {}
 
@@ -435,7 +439,8 @@ _enter([F.leaky_relu], "negative_slope inplace", {"negative_slope": 0.01} | _NO,
 _enter([F.hardsigmoid], "inplace", _NO, _activation(lambda given: activations.hardsigmoid()))
 _enter([F.hardswish], "inplace", _NO, _activation(lambda given: activations.hardswish()))
 _enter([F.softshrink], "lambd", {"lambd": 0.5}, _activation(_softshrink))
-_enter([F.elu], "alpha inplace", {"alpha": 1.0} | _NO, _activation(_elu), [F.elu_])
+_enter([F.elu], "alpha inplace", {"alpha": 1.0} | _NO, _activation(_elu))
+_enter([], "alpha", {"alpha": 1.0}, _activation(_elu), [F.elu_])  # a scale after alpha is another function
 _enter(
     [F.selu, torch.selu], "inplace", _NO, _activation(lambda given: activations.elu(*activations.SELU)), [torch.selu_]
 )
@@ -466,12 +471,13 @@ for _spatial in (1, 2, 3):
         _INDICES,
         _adaptive(_spatial),
     )
-_enter(
-    [F.fractional_max_pool2d, F.fractional_max_pool2d_with_indices],
-    "kernel_size output_size output_ratio return_indices _random_samples",
-    {"output_size": None, "output_ratio": None, "_random_samples": None} | _INDICES,
-    _fractional,
-)
+for _pool in (F.fractional_max_pool2d, F.fractional_max_pool2d_with_indices):
+    _enter(
+        [_pool],
+        "kernel_size output_size output_ratio return_indices _random_samples",
+        {"output_size": None, "output_ratio": None, "_random_samples": None} | _INDICES,
+        functools.partial(_fractional, pool=_pool),
+    )
 for _largest, _names in ((True, ("max", "amax")), (False, ("min", "amin"))):
     _enter([getattr(torch, _names[0]), getattr(Tensor, _names[0])], "dim keepdim other", _KEEP, _extremum(_largest))
     _enter(

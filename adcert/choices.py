@@ -211,7 +211,7 @@ def ordered(x: Tensor, values: Tensor, indices: Tensor, dim: int, *, descending:
     """
     chosen = _flat(x.shape, indices, dim)
     length = values.shape[dim]
-    same = values.narrow(dim, 1, length - 1) == values.narrow(dim, 0, length - 1)
+    same = values.narrow(dim, min(1, length), max(0, length - 1)) == values.narrow(dim, 0, max(0, length - 1))
     later = torch.nonzero(same)
     later[:, dim] += 1
     owner = _ravel(later, values.shape)

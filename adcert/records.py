@@ -223,7 +223,7 @@ class Recorder:
             with torch.no_grad():
                 try:
                     seen = choice(result)
-                except ValueError:  # not what it should be: the node stays unrecorded, and the audit names it
+                except Exception:  # not what it should be: the node stays unrecorded, and the audit names it
                     return result
                 wrong = int((~torch.isfinite(x)).sum())
             counts = torch.tensor([len(seen.windows), 0, wrong], device="cpu")

@@ -167,6 +167,34 @@ def test_prelu_slopes_take_part() -> None:
     assert both.verdict is Verdict.UNCERTIFIED, both.reasons
 
 
+def test_slopes_that_are_equal_numbers_are_not_one_parameter() -> None:
+    """max(a1 w, a2 w) - max(a2 w, a1 w) is 0; AD gives a1 and a2 the gradients -1 and 1 at a1 = a2."""
+    w = nn.Parameter(torch.tensor([[-1.0]], dtype=torch.float64))
+    a = nn.Parameter(torch.tensor([0.5, 0.5], dtype=torch.float64))
+
+    def loss() -> Tensor:
+        z = F.prelu(w.expand(1, 2), a)
+        return (z.max(1).values - z.flip(1).max(1).values).sum()
+
+    certificate = certify(loss, nn.ParameterDict({"w": w, "a": a}))
+    assert a.grad is not None
+    assert a.grad.tolist() == [-1.0, 1.0]
+    assert certificate.verdict is Verdict.UNCERTIFIED, certificate.reasons
+
+
+def test_a_scale_of_elu_is_not_taken_for_another_argument() -> None:
+    w = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    certificate = certify(lambda: F.elu_(w * 1.0, 2.0, -3.0).sum(), nn.ParameterList([w]))
+    assert certificate.verdict is Verdict.UNDECIDED
+
+
+def test_no_slopes_for_no_units() -> None:
+    w, a = nn.Parameter(torch.zeros(3, 0)), nn.Parameter(torch.zeros(0))
+    certify(lambda: F.prelu(w, a).sum() + w.sum(), nn.ParameterList([w, a]))
+    assert w.grad is not None  # the program goes on
+    assert w.grad.shape == (3, 0)
+
+
 # ---- proxies of the user's own ---------------------------------------------------------------------
 
 

@@ -149,6 +149,56 @@ def test_values_and_gradients_are_bitwise_torchs(name: str, function: Callable[[
         assert torch.equal(plain.grad, ours.grad)  # type: ignore[arg-type]
 
 
+NUMPY: list[tuple[str, Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]] = [
+    ("max", lambda x: x.max(axis=1, keepdims=True).values, lambda x: x.max(1, keepdim=True).values),
+    ("amax", lambda x: torch.amax(x, axis=1), lambda x: torch.amax(x, 1)),
+    ("amin of all", lambda x: torch.amin(x, dim=None), lambda x: torch.amin(x, ())),
+    ("sort", lambda x: x.sort(axis=0, stable=True).values, lambda x: x.sort(0).values),
+    ("kthvalue", lambda x: torch.kthvalue(x, 2, axis=0).values, lambda x: torch.kthvalue(x, 2, 0).values),
+    ("cummax", lambda x: x.cummax(axis=0).values, lambda x: x.cummax(0).values),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "spelt", "plain"), NUMPY)
+def test_numpy_names_of_arguments(name: str, spelt: Callable[[Tensor], Tensor], plain: Callable[[Tensor], Tensor]):
+    """Taken for other dimensions, ties would be missed: columns and rows tie in different places here."""
+    found = []
+    for function in (spelt, plain):
+        w = nn.Parameter(torch.tensor([[1.0, 1.0, 0.0], [5.0, 1.0, 6.0]], dtype=torch.float64))
+        certificate = certify(lambda f=function, w=w: f(w).sum(), nn.ParameterList([w]))
+        found.append((certificate.verdict, [block.rows.tolist() for block in certificate.blocks], w.grad.tolist()))
+    assert found[0] == found[1]
+
+
+def test_a_tie_in_a_numpy_dimension_counts() -> None:
+    """x.max(axis=1) - y.max(axis=1) with two entries exchanged: AD (1, -1), the function is 0."""
+    w = nn.Parameter(torch.ones(2, dtype=torch.float64))
+    certificate = certify(
+        lambda: torch.stack([w, w + 5]).max(axis=1).values[0] - torch.stack([w.flip(0), w + 5]).max(axis=1).values[0],
+        nn.ParameterList([w]),
+    )
+    assert certificate.verdict is Verdict.UNCERTIFIED, certificate.reasons
+
+
+def test_nothing_to_choose_from() -> None:
+    w = nn.Parameter(torch.zeros(3, dtype=torch.float64))
+    certificate = certify(lambda: w[:0].sort().values.sum() + w.sum(), nn.ParameterList([w]))
+    assert certificate.verdict is Verdict.CERTIFIED, certificate.reasons
+
+
+def test_a_fractional_pooling_that_is_asked_for_indices_gives_them() -> None:
+    w = nn.Parameter(torch.arange(16.0).reshape(1, 1, 4, 4))
+    outputs = []
+
+    def loss() -> Tensor:
+        outputs.append(F.fractional_max_pool2d_with_indices(w, 2, (2, 2)))
+        return outputs[0][0].sum()
+
+    certificate = certify(loss, nn.ParameterList([w]))
+    assert torch.equal(outputs[0][0].detach().flatten(), w.detach().flatten()[outputs[0][1].flatten()])
+    assert certificate.verdict is Verdict.CERTIFIED, certificate.reasons
+
+
 def test_opposite_choices_are_uncertified() -> None:
     """max(a, b) - max(b, a), the first wins: AD (1, -1) at a = b, the function is 0."""
     w = nn.Parameter(torch.zeros(2, dtype=torch.float64))
