@@ -26,7 +26,7 @@ LIGHT = 1 << 18  # entries of all recorded inputs of a graph that is worth a pas
 
 
 def felt(graph: Graph) -> dict[OpRecord, Tensor] | None:
-    """Per record a mask of its flat outputs: may the loss feel them? None where some operation has no rule."""
+    """Per record a mask of its flat outputs: may the loss feel them? None where that cannot be told."""
     walk = _Felt(graph)
     try:
         with torch.no_grad():
@@ -62,7 +62,10 @@ class _Felt(Pass):
         record = self.graph.record_of.get(node)
         if record is None:
             if self.graph.leaf(node) is None:
-                super().visit(node, number, g)
+                try:
+                    super().visit(node, number, g)
+                except Unsupported:  # no rule, as for most losses: it may feel all that it reads
+                    self.mark_all(node)
             return
         if number != 0:
             raise Unsupported(node.name())
@@ -76,6 +79,12 @@ class _Felt(Pass):
         if record.own_edge[0] is not None:  # slopes that were computed
             shape = padded(shape_of(*record.own_edge))
             self.mark(record.own_edge, torch.full(shape, bool(mask.any())), shape)
+
+    def mark_all(self, node: Node) -> None:
+        for source, number in self.graph.edges[node]:
+            if source is not None and self.graph.leaf(source) is None:
+                shape = padded(shape_of(source, number))
+                self.mark((source, number), torch.ones(shape, dtype=torch.bool), shape)
 
     def sink(self, edge: tuple[Node, int]) -> Sink | None:
         """Parameters are not asked; what a weight was computed from is."""

@@ -33,6 +33,7 @@ IDLE: list[tuple[str, Callable[[Two], Tensor]]] = [
     ("loser above a smooth map", lambda m: torch.stack([2 * odd(m.x), m.x + 1]).max(0).values + m.x),
     ("gamma 0", lambda m: F.layer_norm(torch.cat([odd(m.x), m.x + 1]), (2,), m.v.expand(2)) + m.x),
     ("linear layer of zeros", lambda m: F.linear(odd(m.x), m.v[:, None]) + m.x),
+    ("cross entropy", lambda m: F.cross_entropy(torch.stack([odd(m.x) * m.v, m.x], 1), torch.zeros(1).long())),
 ]
 
 
@@ -48,6 +49,7 @@ def test_idle_units_need_no_rows(name: str, function: Callable[[Two], Tensor]) -
 
 FELT: list[tuple[str, Callable[[Two], Tensor]]] = [
     ("used", lambda m: odd(m.x)),
+    ("used by cross entropy", lambda m: F.cross_entropy(torch.stack([odd(m.x), m.x], 1), torch.zeros(1).long())),
     ("slope of a PReLU", lambda m: F.prelu(m.v - 1, odd(m.x))),
     ("slope of a PReLU over data", lambda m: F.prelu(torch.full((1,), -1.0, dtype=torch.float64), odd(m.x)) + m.v),
     ("overflow", lambda m: torch.eye(2, 1, dtype=torch.float64) @ odd(m.x)[:, None] * 1e200 * 1e200 + m.v),
@@ -104,10 +106,12 @@ def test_sums_of_opposite_ways_do_not_cancel() -> None:
     assert masks(loss, nn.ParameterList([w])) == [[True]]
 
 
-def test_an_operation_without_a_rule_leaves_it_open() -> None:
+def test_an_operation_without_a_rule_feels_all_that_it_reads() -> None:
     w = nn.Parameter(torch.ones(1, dtype=torch.float64))
     recorder, relu = Recorder(), adcert.nn.ReLU()
     with recording(recorder):
         loss = torch.special.i0(relu(w)).sum()
     graph = layers.Graph([loss.grad_fn], recorder.records, layers.Leaves(nn.ParameterList([w])))
-    assert idle.felt(graph) is None
+    felt = idle.felt(graph)
+    assert felt is not None
+    assert [mask.tolist() for mask in felt.values()] == [[True]]
