@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from adcert import oracle
+from adcert.oracle.subdifferential import Evidence
 
 DOUBLE = torch.float64
 
@@ -239,3 +240,18 @@ def test_the_oracle_is_independent() -> None:
             root = name.split(".")[0]
             assert root != "adcert"
             assert not name.startswith(".."), f"{source.name} imports {name}"
+
+
+def test_a_maximum_of_many() -> None:
+    """40 ties have 40 winners; the median of 40 has too many orders to look at all, and says so."""
+    w = at(*[1.0] * 40)
+    assert len(elements(lambda: w.max(), w)) == 40
+    assert not oracle.subdifferential(lambda: w.median(), [w], samples=0).complete
+
+
+def test_following_directions_through_a_median() -> None:
+    """Where slopes are floats elements are found along directions, too: through ties that are neither first nor last."""
+    w = at(1, 1, 1)
+    evidence = Evidence(oracle.trace(lambda: w.exp().median(), [w]))
+    evidence.sample(60, (), 0)
+    assert np.allclose(sorted(evidence.known().matrix.astype(float).tolist()), np.e * np.eye(3)[::-1])

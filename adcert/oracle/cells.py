@@ -59,7 +59,7 @@ def enumerate_cells(program: Program, budget: int = 2000, seed: int = 0) -> Cell
 def follow(program: Program, directions: Array, seed: int = 0) -> Cells:
     """The limit gradients of the cells into which these directions (integers [S, P]) lead, where they decide all
     ties to first order. Not complete, but cheap."""
-    search = Search(program, 0, np.random.default_rng(seed))
+    search = Search(program, 4096, np.random.default_rng(seed))  # subsets of ties; following costs no decisions
     if search.gradient.dtype == np.int64:
         search.gradient = search.gradient.astype(object)
     first = search.prepare()

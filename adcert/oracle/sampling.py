@@ -26,6 +26,19 @@ def arcs(
     return blocks
 
 
+def first_order(slices: dict[str, slice], width: int, count: int, rng: np.random.Generator) -> Array:
+    """Directions [S, P] alone: generic ones, sparse ones with a little of everything else, and scales far apart, by
+    parameter or by tensor."""
+    third = count // 3
+    generic = noise(rng, (third, width), 1000)
+    sparse = rng.integers(-1, 2, (third, width)) * 2**20 + noise(rng, (third, width), 1000)
+    rank = rng.integers(0, 4, (count - 2 * third, width))
+    for entries in slices.values():
+        rank[::2, entries] = rng.integers(0, 4, (len(rank[::2]), 1))
+    spread = noise(rng, rank.shape, 1000) * 2 ** (12 * rank)
+    return np.concatenate([generic, sparse, spread])
+
+
 def noise(rng: np.random.Generator, shape: tuple[int, ...], size: int) -> Array:
     """Integers in -size..size without 0."""
     found: Array = rng.integers(1, size + 1, shape) * rng.choice((-1, 1), shape)

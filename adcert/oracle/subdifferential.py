@@ -17,6 +17,7 @@ from .hull import Hull, in_hull, near_hull
 from .localize import localized
 from .program import Array, Program
 from .sampling import arcs as random_arcs
+from .sampling import first_order
 from .trace import Parameters, trace
 
 __all__ = ["Element", "Judgement", "Subdifferential", "ad_gradient", "judge", "subdifferential"]
@@ -163,8 +164,8 @@ class Evidence:
         rng = np.random.default_rng((self.seed, seed))
         width = len(self.local.parameters)
         if self.local.smooth:
-            generic = rng.integers(-1000, 1001, (min(samples // 4, 300), width)) * 2 ** rng.integers(0, 8, (1, width))
-            self._add(follow(self.local, np.concatenate([generic, *map(np.atleast_2d, directions)]), self.seed))
+            chosen = first_order(self.local.slices, width, min(samples // 2, 400), rng)
+            self._add(follow(self.local, np.concatenate([chosen, *map(np.atleast_2d, directions)]), self.seed))
             return
         for block in random_arcs(self.local.slices, width, samples, directions, rng):
             self.along(block, rng)
