@@ -250,7 +250,7 @@ def test_a_maximum_of_many() -> None:
 
 
 def test_following_directions_through_a_median() -> None:
-    """Where slopes are floats elements are found along directions, too: through ties that are neither first nor last."""
+    """Where slopes are floats elements are found along directions: through ties that are neither first nor last."""
     w = at(1, 1, 1)
     evidence = Evidence(oracle.trace(lambda: w.exp().median(), [w]))
     evidence.sample(60, (), 0)
