@@ -89,7 +89,7 @@ class StepAnalysis:
         graph = Graph(nodes, watch.recorder.records, self.leaves)
         adopt(graph, watch.recorder, watch.origin)
         records = [graph.record_of[node] for node in graph.nodes if node in graph.record_of]
-        reasons = self._audit(graph, inputs, watch)
+        reasons = self._audit(graph, roots, inputs, watch)
         flags = Batch([flag for _, flag in reasons if flag is not None])
         lost = again or self.failures or any(flag is None for _, flag in reasons)
         plan = None if lost else self._plan(graph, records)
@@ -114,10 +114,10 @@ class StepAnalysis:
         return records
 
     def _audit(
-        self, graph: Graph, inputs: Iterable[Tensor] | Tensor | None, watch: Watch
+        self, graph: Graph, roots: Sequence[Tensor], inputs: Iterable[Tensor] | Tensor | None, watch: Watch
     ) -> list[tuple[str, Tensor | None]]:
         """Reasons for failure; one with a flag, on a device, holds only if the flag is false."""
-        reasons = audit_graph(graph, watch)
+        reasons = audit_graph(graph, watch, roots)
         for node, message in watch.mixed:
             if node in graph.position:
                 reasons.append((f"{message}: autograd does not see this dependence", None))

@@ -5,21 +5,24 @@ The other half, values that leave the graph and come back, is :mod:`adcert.watch
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
 from .guards import GUARDED
 from .layers import ACCUMULATE, Graph
-from .smooth import ANALYTIC
+from .smooth import ANALYTIC, SEVERAL
 from .watch import Watch
 
 
-def audit_graph(graph: Graph, watch: Watch) -> list[tuple[str, Tensor | None]]:
+def audit_graph(graph: Graph, watch: Watch, roots: Iterable[Tensor] = ()) -> list[tuple[str, Tensor | None]]:
     """Reasons why some node of the graph is not covered: one line each, naming operation and call.
 
     A reason with a flag, on a device, holds only if the flag is false.
     """
     reasons: list[tuple[str, Tensor | None]] = []
+    further = {root.grad_fn for root in roots if root.output_nr}
     for node in graph.nodes:
         name = node.name()
         if name == ACCUMULATE or node in graph.record_of:
@@ -35,6 +38,8 @@ def audit_graph(graph: Graph, watch: Watch) -> list[tuple[str, Tensor | None]]:
         elif (kind not in ANALYTIC and node not in watch.pasted) or custom:
             where = watch.origin(node)
             reasons.append((f"{name}{where} is not recorded: adcert does not know where it is smooth", None))
+        if kind not in SEVERAL and (node in further or any(number for _, _, number in graph.consumers[node])):
+            reasons.append((f"{name}{watch.origin(node)} may drop the gradient of its further outputs", None))
         if node not in watch.made:
             text = (
                 f"{name} was made out of adcert's sight (before the step, in another thread, by TorchScript, "

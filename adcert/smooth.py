@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .movement import PARTS
 from .normalization import BATCH_NORM
 
 # Anything else unrecorded means UNDECIDED. Celu has a continuous derivative only, which is all that Theorem E4 asks of
@@ -21,3 +22,6 @@ _NAMES = """
     ScaledDotProductFlashAttention ScaledDotProductEfficientAttention ScaledDotProductCudnnAttention
 """
 ANALYTIC = frozenset(f"{name}Backward" for name in _NAMES.split()) | BATCH_NORM.keys() | {"DiagonalBackward0_copy"}
+
+#: Nodes that differentiate all of their outputs. Of others (the mean of a group normalisation) it may be dropped.
+SEVERAL = PARTS | {"VarMeanBackward", "StdMeanBackward", "MkldnnRnnLayerBackward"}

@@ -155,3 +155,14 @@ def test_slopes_that_were_computed_are_felt() -> None:
     x, w = param([[-1.0], [-2.0]]), param([0.0])
     certificate = certify(lambda: F.prelu(x, torch.relu(w) - torch.relu(-w)).sum(), x, w)
     assert certificate.verdict != "certified"
+
+
+def test_outputs_whose_gradient_is_dropped() -> None:
+    """The mean that group normalisation hands out depends on x; torch gives it no gradient."""
+    x = param([[1.0, 2.0, 4.0, 8.0]])
+    for number, verdict in ((0, "certified"), (1, "undecided"), (2, "undecided")):
+        loss = certify(lambda k=number: torch.native_group_norm(x * 1.0, None, None, 1, 4, 1, 2, 1e-5)[k].sum(), x)  # type: ignore[misc]
+        assert loss.verdict == verdict
+    one = param([[3.0]])
+    assert certify(lambda: torch.native_group_norm(one, None, None, 1, 1, 1, 1, 1e-5)[1], one).verdict == "undecided"
+    assert certify(lambda: sum(torch.var_mean(x, 1)).sum() + x.split(2, 1)[1].sum(), x).verdict == "certified"
