@@ -173,7 +173,8 @@ class StepAnalysis:
         scope = Scope(graph, ranks if layered else replace(ranks, bias={}), self.strict, layered)
         fresh: dict[OpRecord, Findings] = {}
         pooled = any(pools(record) for record in self.taus)
-        light = sum(math.prod(record.input_shape) for record in records) <= LIGHT
+        here = not any(record.output.is_cuda for record in records)  # a pass would wait for the device
+        light = here and sum(math.prod(record.input_shape) for record in records) <= LIGHT
         if light and not self.strict and any(record.decides() for record in records):
             graph.felt = felt(graph)
         for record in records:
@@ -183,7 +184,7 @@ class StepAnalysis:
             with self._guarded(record):
                 found = fresh[record] = decide_record(scope, record)
                 through = bool(found.touches) or bool(found.free)
-                found.rests = not found.own_alone() or (through and record.edge[0] in graph.record_of)
+                found.rests = not found.own_alone() or (through and graph.below(record) is not None)
         if layered:
             self._settle_rows(scope, fresh)
             self._settle_pending(scope, fresh)

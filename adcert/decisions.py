@@ -48,12 +48,12 @@ def _touches(scope: Scope, record: OpRecord, found: Findings) -> None:
         found.exemptions["irrelevant"] += int((~keep).sum())
         units, kinks, sides = units[keep], kinks[keep], sides[keep]
     top = record
-    source = scope.graph.record_of.get(top.edge[0])
+    source = scope.graph.below(top)
     while source is not None and rectified(scope.graph, source):  # max 0 under a ReLU: every maximiser touches
         assert isinstance(source.ties, Ties)
         top, units = source, source.ties.maximisers(units)
         sides = torch.full_like(units, -1)
-        source = scope.graph.record_of.get(top.edge[0])
+        source = scope.graph.below(top)
     if len(units):
         zero = torch.full_like(units, -1)
         if bool((sides == 0).any()):

@@ -69,7 +69,7 @@ def base_of(graph: Graph, record: OpRecord, strict: bool) -> OpRecord:
     """
     steps = 0
     while True:
-        source = graph.record_of.get(record.edge[0])
+        source = graph.below(record)
         if source is None:
             return record
         joined = record.ties is not None and not record.relu and source.ties is None and steps == 0
@@ -82,7 +82,9 @@ def follow_to(graph: Graph, record: OpRecord, base: OpRecord, differences: Diffe
     """Differences of y of ``record`` as differences of y of its ``base``, and for which that holds (:func:`follow`)."""
     good = torch.ones(len(differences), dtype=torch.bool)
     while record is not base:
-        record = graph.record_of[record.edge[0]]
+        source = graph.below(record)
+        assert source is not None
+        record = source
         differences, kept = follow(record, differences)
         good &= kept
     return differences, good

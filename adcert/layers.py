@@ -71,6 +71,9 @@ class Leaves:
         return {name: tensor for name, tensor in self._tensors.items() if tensor.requires_grad}
 
 
+_VIEWS = frozenset(f"{name}Backward" for name in "View UnsafeView ReshapeAlias Squeeze Unsqueeze Alias".split())
+
+
 class Graph:
     """The graph below some roots: nodes in topological order (consumers first), consumers, records by node.
 
@@ -141,6 +144,28 @@ class Graph:
             node = node.next_functions[0][0]
             name = "" if node is None else node.name()
         return self.leaves.name(node.variable) if name == ACCUMULATE else None
+
+    def below(self, record: OpRecord) -> OpRecord | None:
+        """The recorded operation whose output is y, directly or through views that keep the order of the units."""
+        node = record.edge[0]
+        while node is not None and node not in self.record_of and kind_of(node) in _VIEWS:
+            node = self.edges[node][0][0]
+        return self.record_of.get(node)
+
+    def readers(self, record: OpRecord) -> list[OpRecord | None]:
+        """What reads the output of a record, directly or through such views; None for anything but another's y."""
+        found: list[OpRecord | None] = []
+        stack: list[Node] = [record.node]
+        while stack:
+            node = stack.pop()
+            if node in self.roots:
+                found.append(None)
+            for reader, slot, _ in self.consumers[node]:
+                if reader not in self.record_of and kind_of(reader) in _VIEWS:
+                    stack.append(reader)
+                else:
+                    found.append(None if slot else self.record_of.get(reader))
+        return found
 
     def tau(self, record: OpRecord) -> Tau:
         """The smooth part above a record: its leaves with the number of paths' ends, and the records it reads."""

@@ -79,7 +79,8 @@ def _splits(
 
 def _same_bias(graph: Graph, pooling: OpRecord, base: OpRecord, bias: Bias) -> bool:
     """Do the tied units of every window of a pooling add the same entry of the bias?"""
-    if isinstance(pooling.ties, Ties) and bias.run % math.prod(base.input_shape[-2:]) == 0:
+    images = isinstance(pooling.ties, Ties) and len(base.input_shape) == len(pooling.ties.size)
+    if images and bias.run % math.prod(base.input_shape[-2:]) == 0:
         return True  # windows stay inside one plane, and so does the bias
     assert pooling.ties is not None
     d, good = follow_to(graph, pooling, base, tied_pairs(pooling.ties)[1])

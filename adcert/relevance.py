@@ -24,14 +24,12 @@ def relevant_outputs(graph: Graph, record: OpRecord, units: Tensor) -> Tensor:
     if graph.felt is not None:
         known = graph.felt.get(record)
         return torch.zeros(len(units), dtype=torch.bool) if known is None else known[units]
-    consumers = graph.consumers[record.node]
-    # what PReLU reads as its slopes is no unit of its y
-    records = [None if slot else graph.record_of.get(node) for node, slot, _ in consumers]
-    if record.node in graph.roots or not records:
+    records = graph.readers(record)
+    if not records:
         return torch.ones(len(units), dtype=torch.bool)
     found = torch.zeros(len(units), dtype=torch.bool)
     for item in records:
-        if item is None or item.edge[0] is not record.node or item.own_edge[0] is record.node:
+        if item is None:
             return torch.ones(len(units), dtype=torch.bool)
         found |= relevant_inputs(graph, item, units)
     return found
@@ -86,9 +84,9 @@ def rectified(graph: Graph, record: OpRecord) -> bool:
     ``relu(max_i y_i) = max_i relu(y_i)``, with the same AD gradient: where the maximum is 0 or less the ties need
     no rows, and where it is 0 each member of the argmax set is a touch of its own.
     """
-    if not isinstance(record.ties, Ties) or record.rho is not None or record.node in graph.roots:
+    if not isinstance(record.ties, Ties) or record.rho is not None:
         return False
-    consumers = [graph.record_of.get(node) for node, _, _ in graph.consumers[record.node]]
+    consumers = graph.readers(record)
     return bool(consumers) and all(item is not None and (item.relu or rectified(graph, item)) for item in consumers)
 
 

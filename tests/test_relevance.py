@@ -135,9 +135,22 @@ def test_a_skip_connection_is_a_consumer():
     assert inputs(seen, seen.record("relu")) == [True, True]
 
 
-def test_a_view_is_a_consumer_that_is_not_looked_through():
+def test_views_that_keep_the_order_are_looked_through():
     w = param([0.0, 3.0])
     seen = look(lambda p: p.max_pool2d(p.relu(w, "relu").view(1, 1, 1, 2), "pool", PAIRS), w=w)
+    assert outputs(seen, seen.record("relu")) == [False, True]
+    turned = look(lambda p: p.max_pool2d(p.relu(w, "relu").flip(0).view(1, 1, 1, 2), "pool", PAIRS), w=w)
+    assert outputs(turned, turned.record("relu")) == [True, True]
+
+
+def test_a_view_that_is_read_twice_counts_all_its_readers():
+    w = param([0.0, 3.0])
+
+    def forward(probe: Probe) -> Tensor:
+        view = probe.relu(w, "relu").view(1, 1, 1, 2)
+        return probe.max_pool2d(view, "pool", PAIRS).sum() + view.sum()
+
+    seen = look(forward, w=w)
     assert outputs(seen, seen.record("relu")) == [True, True]
 
 
