@@ -122,7 +122,7 @@ def run(seed: int, certify: Callable[[WideNetwork, bool], adcert.Certificate] = 
             problem = reproduced(network, certificate)
             if not problem and right is None:
                 right, judge = True, "witness"
-            elif problem and right is None and not sample(network, seed=1, rounds=(24, 400, 3000)).member:
+            elif problem and right is None and not sample(network, seed=1, rounds=(24, 400, 1000)).member:
                 alarms.append(f"{mode}: FALSE: certified, {problem}")
             elif problem:
                 alarms.append(f"{mode}: certified, {problem}")
