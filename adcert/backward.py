@@ -163,14 +163,20 @@ class Pass:
                 radius[g.row, g.sample] = g.data.radius
             self.add_leaf(leaf, Ball(full.flatten(1), radius.flatten(1) if g.data.radius is not None else None))
         else:
-            kind = kind_of(node)
-            numbered, rule = NUMBERED.get(kind), RULES.get(kind)
-            if numbered is not None:
-                numbered(self, node, number, g)
-            elif rule is None or number != 0:
-                raise Unsupported(node.name())
-            else:
-                rule(self, node, g)
+            try:
+                self._apply(node, number, g)
+            except (ArithmeticError, IndexError, RuntimeError, TypeError, ValueError) as error:
+                raise Unsupported(f"{node.name()} of this form ({error})") from error
+
+    def _apply(self, node: Node, number: int, g: Slices) -> None:
+        kind = kind_of(node)
+        numbered, rule = NUMBERED.get(kind), RULES.get(kind)
+        if numbered is not None:
+            numbered(self, node, number, g)
+        elif rule is None or number != 0:
+            raise Unsupported(node.name())
+        else:
+            rule(self, node, g)
 
     def add_leaf(self, leaf: str, gradient: Ball) -> None:
         """``gradient``: [count, numel]."""

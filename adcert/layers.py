@@ -32,6 +32,14 @@ def kind_of(node: Node) -> str:
     return name.rstrip("0123456789")
 
 
+def spacing(node: Node) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """(stride, padding, dilation) of a convolution, one number for each dimension; torch keeps one alone if it was."""
+    kept = [[int(size) for size in getattr(node, f"_saved_{name}")] for name in ("stride", "padding", "dilation")]
+    rank = len(shape_of(node, 0)) - 2
+    stride, padding, dilation = (tuple(sizes * rank if len(sizes) == 1 else sizes) for sizes in kept)
+    return stride, padding, dilation
+
+
 def complex_at(node: Node) -> bool:
     """Does a node compute complex numbers?"""
     return any(each.dtype.is_complex for each in node._input_metadata)

@@ -119,7 +119,7 @@ def _padding(mode: str) -> Callable[[Node, Tensor], Tensor]:
     def source(node: Node, marks: Tensor) -> Tensor:
         wide = marks.to(torch.float64)
         batched = wide if wide.dim() > len(node._saved_padding) // 2 + 1 else wide[None]
-        return F.pad(batched, list(node._saved_padding), mode=mode).to(torch.int64)
+        return F.pad(batched, [signed(p) for p in node._saved_padding], mode=mode).to(torch.int64)
 
     return source
 

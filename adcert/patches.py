@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .differences import Boundary, Differences, Part, unique_pairs
-from .layers import kind_of, shape_of
+from .layers import kind_of, shape_of, spacing
 from .records import Node
 from .transfer import take
 
@@ -207,9 +207,7 @@ class _ConvGeometry:
         self.x = node._saved_input if weight[0] is not None else None
         self.source_shape = tuple(self.x.shape) if self.x is not None else shape_of(*source)
         spatial = len(self.out) - 2
-        self.stride = [int(v) for v in node._saved_stride]
-        self.padding = [int(v) for v in node._saved_padding]
-        self.dilation = [int(v) for v in node._saved_dilation]
+        self.stride, self.padding, self.dilation = spacing(node)
         kernel = shape_of(*weight)[2:] if weight[0] is not None else tuple(node._saved_weight.shape)[2:]
         self.kernel = tuple(int(k) for k in kernel)
         assert len(self.kernel) == spatial

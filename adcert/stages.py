@@ -14,7 +14,7 @@ from torch import Tensor
 
 from . import ops
 from .choices import Ties, Window
-from .layers import Graph, kind_of, shape_of
+from .layers import Graph, kind_of, shape_of, spacing
 from .normalization import BATCH_NORM
 from .records import Node, OpRecord
 from .rows import SAME_UNITS
@@ -165,8 +165,7 @@ def _plain(graph: Graph, node: Node, shape: tuple[int, ...]) -> bool:
     """A convolution of images whose weight and bias are leaves or frozen, and input or weight differentiable."""
     source, *parameters = (edge[0] for edge in node.next_functions)
     computed = any(edge is not None and graph.leaf(edge) is None for edge in parameters)
-    two = len(node._saved_stride) == 2 and len(shape) == 4
-    return two and not node._saved_transposed and not computed and (source, parameters[0]) != (None, None)
+    return len(shape) == 4 and not node._saved_transposed and not computed and (source, parameters[0]) != (None, None)
 
 
 def _convolution(stages: Stages, node: Node, shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -175,9 +174,7 @@ def _convolution(stages: Stages, node: Node, shape: tuple[int, ...]) -> tuple[in
     x = None if weight[0] is None else node._saved_input
     kernel = tuple(node._saved_weight.shape)[2:] if weight[0] is None else shape_of(*weight)[2:]
     origin = shape_of(*source) if x is None else tuple(x.shape)
-    stride, padding, dilation = (
-        (int(v[0]), int(v[1])) for v in (node._saved_stride, node._saved_padding, node._saved_dilation)
-    )
+    stride, padding, dilation = ((v[0], v[1]) for v in spacing(node))
     axes = axes_of(Window((kernel[0], kernel[1]), stride, padding, dilation), origin[2:], shape[2:])
     channels = (origin[1], int(node._saved_groups), shape[1])
     stages.add(Kind.CONV, axes, channels, x)

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from . import balls
 from .balls import Ball
-from .layers import kind_of, shape_of
+from .layers import kind_of, shape_of, spacing
 from .records import Node
 from .slices import Slices, to_dense
 from .transfer import host, pick
@@ -57,12 +57,8 @@ def _conv_input(node: Node, g: Slices, shape: tuple[int, ...]) -> Ball:
     kernel = host(node._saved_weight).to(torch.float64)
     dims = len(shape) - 2
     taps, groups = math.prod(kernel.shape[2:]), node._saved_groups
-    options: dict[str, Any] = dict(
-        stride=list(node._saved_stride),
-        padding=list(node._saved_padding),
-        dilation=list(node._saved_dilation),
-        groups=groups,
-    )
+    stride, padding, dilation = spacing(node)
+    options: dict[str, Any] = dict(stride=stride, padding=padding, dilation=dilation, groups=groups)
     if node._saved_transposed:
         whole = tuple(slice(0, size) for size in shape[2:])  # output_padding reaches where no input unit does
 
@@ -71,9 +67,7 @@ def _conv_input(node: Node, g: Slices, shape: tuple[int, ...]) -> Ball:
             return result[(slice(None), slice(None), *whole)]
 
         return balls.linear(back, g.data, kernel, kernel.shape[1] * taps)
-    geometry = zip(
-        g.shape[2:], options["stride"], options["padding"], options["dilation"], kernel.shape[2:], strict=True
-    )
+    geometry = zip(g.shape[2:], stride, padding, dilation, kernel.shape[2:], strict=True)
     base = [(o - 1) * s - 2 * p + d * (k - 1) + 1 for o, s, p, d, k in geometry]
     extra = [size - b for size, b in zip(shape[2:], base, strict=True)]
 
@@ -116,7 +110,7 @@ def unfolded(node: Node, x: Tensor, shape: tuple[int, ...], most: tuple[int, ...
 
     ``most``: at most so many places along every dimension.
     """
-    stride, padding, dilation = (list(getattr(node, f"_saved_{name}")) for name in ("stride", "padding", "dilation"))
+    stride, padding, dilation = spacing(node)
     x = F.pad(x.to(torch.float64), [p for size in reversed(padding) for p in (size, size)])
     taps = shape[2:]
     spans = [d * (k - 1) + 1 for d, k in zip(dilation, taps, strict=True)]

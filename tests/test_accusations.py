@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 import adcert
 from adcert import enclosures
+from adcert.backward import Unsupported
 from adcert.balls import Ball
 
 
@@ -166,3 +167,32 @@ def test_outputs_whose_gradient_is_dropped() -> None:
     one = param([[3.0]])
     assert certify(lambda: torch.native_group_norm(one, None, None, 1, 1, 1, 1, 1e-5)[1], one).verdict == "undecided"
     assert certify(lambda: sum(torch.var_mean(x, 1)).sum() + x.split(2, 1)[1].sum(), x).verdict == "certified"
+
+
+def test_padding_by_name() -> None:
+    """torch keeps one number of padding="valid" for all dimensions."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(1, 2, 2, padding="valid"), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(2, 1, 1, padding="valid"), nn.ReLU()
+    )
+    x = torch.ones(1, 1, 3, 3)
+    x[0, 0, 0, 0] = 2.0
+    assert adcert.certify(lambda: model(x).sum(), model).verdict == "certified"
+    w, kernel = param([[[[1.0, 2.0], [3.0, 4.0]]]]), param([[[[1.0, 0.0], [0.0, -1.0]]]])
+    seen = look(lambda probe: probe.relu(F.conv2d(w * 1.0, kernel, padding="valid")), w=w, kernel=kernel)
+    found = engine_rows(seen, seen.records[-1], pairs((0, -1)))
+    assert {leaf: ball.value.tolist() for leaf, ball in found.items()} == {
+        "w": [[1.0, 0.0, 0.0, -1.0]], "kernel": [[1.0, 2.0, 3.0, 4.0]],
+    }  # fmt: skip
+
+
+def test_negative_padding_and_rules_that_fail() -> None:
+    w = param([[1.0, 2.0, 4.0, 3.0]])
+    seen = look(lambda probe: probe.relu(F.pad(w * 1.0, (1, -1), mode="reflect")), w=w)
+    found = engine_rows(seen, seen.records[-1], pairs((0, 2)))
+    assert found["w"].value.tolist() == [[0.0, 0.0, 0.0, 0.0]]
+    assert found["w"].radius.tolist() == [[0.0, 0.0, 0.0, 0.0]]
+    scalar = param(2.0)
+    seen = look(lambda probe: probe.relu(torch.logsumexp(scalar * 1.0, 0) - 2.0), scalar=scalar)
+    with pytest.raises(Unsupported, match="Logsumexp"):
+        engine_rows(seen, seen.records[-1], pairs((0, -1)))
