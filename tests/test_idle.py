@@ -32,6 +32,7 @@ IDLE: list[tuple[str, Callable[[Two], Tensor]]] = [
     ("flat piece above a smooth map", lambda m: torch.relu(odd(m.x) - 1) + m.x),
     ("loser above a smooth map", lambda m: torch.stack([2 * odd(m.x), m.x + 1]).max(0).values + m.x),
     ("gamma 0", lambda m: F.layer_norm(torch.cat([odd(m.x), m.x + 1]), (2,), m.v.expand(2)) + m.x),
+    ("gamma 0 over data", lambda m: F.layer_norm(torch.ones_like(m.x)[None], (1,), None, odd(m.x)) * m.v + m.x),
     ("linear layer of zeros", lambda m: F.linear(odd(m.x), m.v[:, None]) + m.x),
     ("cross entropy", lambda m: F.cross_entropy(torch.stack([odd(m.x) * m.v, m.x], 1), torch.zeros(1).long())),
 ]
