@@ -297,7 +297,7 @@ class _Call:
         self.out = list_tensors(kwargs["out"]) if "out" in kwargs else []
         # An in-place call changes grad_fn and version: look before it runs.
         self.inputs: set[Node] = set()
-        self.versions = [tensor._version for tensor in tensors]
+        self.versions = [version_of(tensor) for tensor in tensors]
         for tensor, version in zip(tensors, self.versions, strict=True):
             if tensor.requires_grad:
                 self._sight(tensor, version)
@@ -402,7 +402,7 @@ class _Call:
         """Writes that change values behind the graph's back: a new version without a new node."""
         data = self.setter() == "data"
         for tensor, version in zip(self.tensors, self.versions, strict=True):
-            if tensor._version == version and not data:
+            if version_of(tensor) == version and not data:
                 continue
             base = self.watch._aliases.get(tensor)
             unused = base is not None and base.is_leaf and id(base) not in self.watch._leaves
@@ -505,6 +505,11 @@ def base_of(tensor: Tensor) -> Tensor:
     """The tensor this one is a view of, else itself; they share one version."""
     base = tensor._base
     return tensor if base is None else base
+
+
+def version_of(tensor: Tensor) -> int:
+    """How often a tensor was written to; inference tensors do not count, and are not written to outside their mode."""
+    return -1 if tensor.is_inference() else tensor._version
 
 
 _OURS = frozenset(f"adcert.{room}" for room in ("calls", "monitor", "records", "replay", "watch"))

@@ -455,3 +455,42 @@ def test_memory_of_a_constant_that_was_handed_out_is_an_assumption(reach: Callab
 
     assert any("memory was handed out" in assumption for assumption in observe(loss).assumptions)
     assert not any("memory was handed out" in a for a in observe(lambda net: (net.w * constant).sum()).assumptions)
+
+
+def _forward_mode(w: Tensor) -> Tensor:
+    with torch.autograd.forward_ad.dual_level():
+        dual = torch.autograd.forward_ad.make_dual(w * 1, torch.ones_like(w))
+        found = torch.autograd.forward_ad.unpack_dual(F.leaky_relu(torch.relu(dual), 0.1)).tangent
+    assert found is not None
+    return found.sum()
+
+
+def _inference(w: Tensor) -> Tensor:
+    with torch.inference_mode():
+        teacher = torch.relu(w) + 1
+    return (w + teacher).sum()
+
+
+def _traced(w: Tensor) -> Tensor:
+    return torch.jit.trace(torch.relu, (w * 1,))(w).sum()  # type: ignore[no-untyped-call, no-any-return]
+
+
+STRANGE: list[tuple[str, Callable[[Tensor], Tensor]]] = [
+    ("forward mode", _forward_mode),
+    ("inference tensors", _inference),
+    ("tracing", _traced),
+    ("torch.func", lambda w: (torch.func.grad(lambda v: torch.relu(v).sum())(w.detach()) * w).sum()),
+    ("vmap", lambda w: torch.vmap(lambda v: torch.relu(v).max(0).values)(torch.stack([w, w])).sum()),
+    ("nested", lambda w: torch.relu(torch.nested.as_nested_tensor([w * 1, w * 2])).to_padded_tensor(0.0).sum()),
+]
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(("name", "function"), STRANGE)
+def test_programs_that_no_kernel_of_ours_can_run_go_on(name: str, function: Callable[[Tensor], Tensor]) -> None:
+    plain, ours = (nn.Parameter(torch.tensor([1.0, -1.0, 0.5])) for _ in range(2))
+    function(plain).backward()
+    adcert.certify(lambda: function(ours), nn.ParameterList([ours]))
+    assert plain.grad is not None
+    assert ours.grad is not None
+    assert torch.equal(plain.grad, ours.grad)
