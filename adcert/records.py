@@ -390,6 +390,10 @@ def _recordable(x: Tensor) -> bool:
         return False  # sparse, nested, or inside vmap and torch.func.grad: the recording kernels know none of them
     if forward_ad._current_level >= 0 or torch._C._is_tracing():
         return False
+    if x.layout is not torch.strided or x.is_nested or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False  # sparse, nested, or inside vmap and torch.func.grad: the recording kernels know none of them
+    if forward_ad._current_level >= 0 or torch._C._is_tracing():
+        return False
     return not x.is_cuda or torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
