@@ -21,21 +21,21 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import flint
 import numpy as np
 
-from adcert.certificate import RULES, Block, Certificate, Column, LayerReport, Verdict
+from adcert.certificate import RULES, Block, Certificate, Column, Combination, LayerReport, Verdict
 from adcert.errors import CertificateError
 from adcert.feasibility import Proof
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
 
-FORMAT, VERSION = "adcert certificate", 2
+FORMAT, VERSION = "adcert certificate", 3
 MAX_BYTES = 1 << 30  # of a whole file
 MAX_TEXT = 1 << 28  # of certificate.json
 MAX_ENTRIES = 200_000  # of the zip
 MAX_DIGITS = 200_000  # of one integer
 _MANIFEST = "certificate.json"
 _FIELDS = """format version verdict reasons layers blocks system claim theorem shapes scales assumptions
-    fingerprints seconds"""
+    fingerprints seconds combination"""
 _ARRAY = re.compile(r"arrays/(0|[1-9][0-9]{0,6})\.npy")
 _INTEGER = re.compile(r"-?[0-9]+")
 _DTYPES = tuple(np.dtype(name) for name in ("<f4", "<f8", "<i8", "|u1"))
@@ -107,6 +107,12 @@ def _manifest(certificate: Certificate, arrays: list[Array]) -> dict[str, Any]:
                 "proof": proof,
             }
         )
+    whole = certificate.combination
+    combination = whole and {
+        "elements": put(whole.elements, ("<f8",)),
+        "target": put(whole.target, ("<f8",)),
+        "weights": [_digits(w) for w in whole.weights],
+    }
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -122,6 +128,7 @@ def _manifest(certificate: Certificate, arrays: list[Array]) -> dict[str, Any]:
         "assumptions": list(certificate.assumptions),
         "fingerprints": certificate.fingerprints,
         "seconds": certificate.seconds,
+        "combination": combination,
     }
 
 
@@ -188,7 +195,9 @@ class _Reader:
         except RecursionError as error:
             raise CertificateError(f"{_MANIFEST} is nested too deeply") from error
         if isinstance(data, dict) and data.get("version") == 1 and "theorem" not in data:
-            data = {"theorem": "", **data, "version": VERSION}  # the first format does not name it
+            data = {"theorem": "", **data, "version": 2}  # the first format does not name it
+        if isinstance(data, dict) and data.get("version") == 2 and "combination" not in data:
+            data = {**data, "combination": None, "version": VERSION}  # the second one had none
         _keys(data, _FIELDS, "certificate")
         if data["format"] != FORMAT or data["version"] != VERSION:
             raise CertificateError(
@@ -209,6 +218,7 @@ class _Reader:
             assumptions=_sequence(data["assumptions"], _text),
             fingerprints=_mapping(data["fingerprints"], _text),
             seconds=_mapping(data["seconds"], _seconds),
+            combination=self.combination(data["combination"]),
         )
         if self.used != self.entries.keys():
             raise CertificateError("there are arrays that no block uses")
@@ -236,6 +246,13 @@ class _Reader:
             _proof(data["proof"]),
             _text(data["reason"]),
         )
+
+    def combination(self, data: Any) -> Combination | None:
+        if data is None:
+            return None
+        _keys(data, "elements target weights", "combination")
+        elements, target = self.array(data["elements"], 2, ("<f8",)), self.array(data["target"], 1, ("<f8",))
+        return Combination(elements, target, _sequence(data["weights"], _integer))
 
     def column(self, data: Any) -> Column:
         _keys(data, "parameter indices", "column")

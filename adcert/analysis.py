@@ -26,8 +26,9 @@ from .decisions import decide_record
 from .differences import RowSet
 from .findings import Findings, Scope
 from .gradients import Gradients
+from .hull import Hull, combine, light
 from .idle import LIGHT, felt
-from .joint import Joint
+from .joint import ENTRIES, Joint, by_rank
 from .layers import Graph, Leaves, Order, Tau, order_layers, upstream_records
 from .lists import Coming
 from .partial import finish, give_up
@@ -52,6 +53,8 @@ class StepAnalysis:
         self.leaves = Leaves(model)
         self.strict = strict
         self.failures: dict[str, None] = {}  # the audit's: nothing can be concluded
+        self.outside: dict[str, None] = {}  # even splits that no system covers
+        self.hull: Hull | None = None
         self.findings: dict[OpRecord, Findings] = {}
         self.taus: dict[OpRecord, Tau] = {}
         self.bias: dict[OpRecord, str] = {}
@@ -84,6 +87,9 @@ class StepAnalysis:
         nodes = [tensor.grad_fn for tensor in roots if tensor.grad_fn is not None]
         losses = {(tensor.grad_fn, tensor.output_nr) for tensor in roots if tensor.grad_fn is not None}
         again = bool(nodes) and self.roots >= losses  # step.loss(loss), or the same loss once more
+        if not (again and losses == self.roots):  # what is combined is the gradient of one number
+            self.hull = None
+        only = not self.roots and len(roots) == 1
         self.roots |= losses
         coming = Coming(watch.recorder, [] if again else roots)
         graph = Graph(nodes, watch.recorder.records, self.leaves)
@@ -91,7 +97,7 @@ class StepAnalysis:
         records = [graph.record_of[node] for node in graph.nodes if node in graph.record_of]
         reasons = self._audit(graph, roots, inputs, watch)
         flags = Batch([flag for _, flag in reasons if flag is not None])
-        lost = again or self.failures or any(flag is None for _, flag in reasons)
+        lost = again or self.failures or self.outside or any(flag is None for _, flag in reasons)
         plan = None if lost else self._plan(graph, records)
         asked = time.perf_counter()
         told = iter(flags.wait())
@@ -106,7 +112,7 @@ class StepAnalysis:
             self._check_record(record)
         middle = time.perf_counter()
         if not self.failures and plan is not None:
-            self._decide(graph, records, plan)
+            self._decide(graph, records, plan, next(iter(losses)) if only and losses else None)
         if not any(record.released for record in records):
             self.prints.update({record.name: Prints.of(record) for record in records if not record.overflow})
         self.seconds["audit"] += middle - start
@@ -163,7 +169,14 @@ class StepAnalysis:
         taus = self.taus | {record: graph.tau(record) for record in records}
         return taus, order_layers(taus)
 
-    def _decide(self, graph: Graph, records: list[OpRecord], plan: tuple[dict[OpRecord, Tau], Order]) -> None:
+    def _decide(
+        self,
+        graph: Graph,
+        records: list[OpRecord],
+        plan: tuple[dict[OpRecord, Tau], Order],
+        edge: tuple[Node, int] | None,
+    ) -> None:
+        """``edge``: of the number whose gradient it is, if there is only one."""
         first = not self.taus
         self.taus, order = plan
         self.order = order if first else None
@@ -194,12 +207,14 @@ class StepAnalysis:
         elif not self.strict:
             self.joint.second(scope, fresh, self.findings.values(), [leaf for leaf, _ in self.empty])
         self.seconds["joint"] += time.perf_counter() - start
+        if edge is not None and not self.strict and not self.failures:
+            self._combine(scope, fresh, edge)
         for record, found in fresh.items():
-            self.failures.update(dict.fromkeys(found.outside))
+            self.outside.update(dict.fromkeys(found.outside))
             earlier = self.findings.get(record)
             if earlier is not None:  # a second backward through the same graph: both losses' rows count
                 found.rowsets += earlier.rowsets
-                found.doubts += earlier.doubts
+                found.mixed += earlier.mixed
                 found.unsettled += earlier.unsettled
                 found.unlisted += earlier.unlisted
                 found.free.classes += earlier.free.classes
@@ -208,6 +223,28 @@ class StepAnalysis:
             self.findings[record] = found
             self.seconds["partial"] += found.seconds
             self.pairs += found.partial
+
+    def _combine(self, scope: Scope, fresh: dict[OpRecord, Findings], edge: tuple[Node, int]) -> None:
+        """Theorem H's combination, where the systems of a tiny network may not certify."""
+        start = time.perf_counter()
+        try:
+            if light(scope.graph) and self._open(scope, fresh):
+                self.hull = combine(scope.graph, edge)
+        except Exception as error:
+            self.failures[f"the combination failed with {type(error).__name__}: {error}"] = None
+        self.seconds["hull"] += time.perf_counter() - start
+
+    def _open(self, scope: Scope, fresh: dict[OpRecord, Findings]) -> bool:
+        """Does neither the layered nor the joint system certify, as far as that is seen here?"""
+        if any(found.outside or found.mixed or found.free for found in fresh.values()):
+            return True
+        shapes = {leaf: tuple(tensor.shape) for leaf, tensor in scope.graph.leaves.trainable().items()}
+        if scope.layered and not any(found.unsettled or found.unlisted for found in fresh.values()):
+            systems = by_rank(scope, fresh.values())
+            zero = any(not rowset.parts for found in fresh.values() for rowset in found.rowsets)
+            if not zero and all(_solvable(rows, shapes) for rows in systems.values()):
+                return False
+        return bool(self.joint.missing or self.joint.doubts) or not _solvable(self.joint.rowsets, shapes)
 
     def _settle_rows(self, scope: Scope, fresh: dict[OpRecord, Findings]) -> None:
         """Exact rows of the ties. Where they abound a sample may contradict itself: then the others are counted."""
@@ -282,12 +319,14 @@ class StepAnalysis:
         free, doubts = self._between(shapes, covered)
         rowsets += free
         ranks = self._final_ranks(order)
-        problem = order.problem or ("" if failures else self._misplaced(rowsets, ranks))
+        problem = order.problem or ("" if failures or self.outside else self._misplaced(rowsets, ranks))
         if problem and self.strict and rowsets:
             failures.append(problem)
         return Observed(
             failures=failures,
-            doubts=[doubt for found in self.findings.values() for doubt in found.doubts] + doubts,
+            mixed=[doubt for found in self.findings.values() for doubt in found.mixed] + doubts,
+            outside=list(self.outside),
+            hull=self.hull,
             unsettled=[doubt for found in self.findings.values() for doubt in found.unsettled],
             layers=tuple(self._layer(layer.name, layer.leaves, layer.records, ranks) for layer in order.layers),
             rowsets=rowsets,
@@ -353,3 +392,8 @@ class StepAnalysis:
             rank=min((ranks.get(leaf, 1) for leaf in leaves if self.leaves.tensor(leaf).requires_grad), default=1),
             found=tuple(found),
         )
+
+
+def _solvable(rowsets: list[RowSet], shapes: dict[str, tuple[int, ...]]) -> bool:
+    blocks = solve(System("", 1, rowsets, shapes, ENTRIES), True).blocks
+    return all(block.direction is not None for block in blocks)

@@ -22,11 +22,11 @@ from adcert.errors import AdcertError, CertificateError
 from adcert.feasibility import Proof, check_direction, check_proof
 from adcert.independence import independent
 
-SYSTEMS = ("paper", "lexicographic", "joint")
+SYSTEMS = ("paper", "lexicographic", "joint", "hull")
 CLAIMS = ("bouligand", "clarke")
 FREE = "free"  # a touch whose proxy is between the one-sided derivatives: both signs of its row are needed
 RULES = ("touch", "tie", FREE)
-THEOREMS = tuple(f"Theorem {name}" for name in ("1", "4", "5", "6", "8", "E4", "E5"))
+THEOREMS = tuple(f"Theorem {name}" for name in ("1", "4", "5", "6", "8", "E4", "E5", "H"))
 UNPOOLED = ("Theorem 1", "Theorem 4", "Theorem 6", "Theorem 5")  # the first three rest on biases
 BIASES = ("none", "distinct", "shared", "partial")
 
@@ -79,6 +79,37 @@ class Block:
         return True if self.direction is not None else False if self.proof is not None else None
 
 
+@dataclass(frozen=True, eq=False)
+class Combination:
+    """Theorem H: ``target``, AD's gradient, as the mean of ``elements`` with the positive integers ``weights``.
+
+    ``elements``: float64 [N, n], the gradient of each block's choices over the columns of all blocks, which have the
+    same ones; ``target``: float64 [n].
+    """
+
+    elements: np.ndarray[Any, Any]
+    target: np.ndarray[Any, Any]
+    weights: tuple[int, ...]
+
+    def verify(self, blocks: Sequence[Block]) -> None:
+        """Exactly; the directions are the blocks' own matter."""
+        if not blocks or len(blocks) != len(self.weights) or np.ndim(self.elements) != 2 or np.ndim(self.target) != 1:
+            raise CertificateError("the combination needs one element and one weight for each block")
+        first = blocks[0].columns
+        for block in blocks:
+            same = len(block.columns) == len(first) and all(
+                a.parameter == b.parameter and np.array_equal(a.indices, b.indices)
+                for a, b in zip(block.columns, first, strict=True)
+            )
+            if not same or np.shape(block.rows)[1] != len(self.target):
+                raise CertificateError("the combination's elements differ in their columns")
+        if np.shape(self.elements) != (len(blocks), len(self.target)):
+            raise CertificateError("the combination's elements differ in shape")
+        proof = Proof(tuple(range(len(blocks))), self.weights)  # the weights sum to more than 0, and may be divided
+        if not check_proof(self.elements, proof, np.tile(self.target, (len(blocks), 1))):
+            raise CertificateError("the combination is not the target")
+
+
 @dataclass(frozen=True)
 class LayerReport:
     """What one layer saw and how its decisions were discharged.
@@ -106,8 +137,9 @@ class Certificate:
     """Verdict of one training step with everything needed to recheck it.
 
     ``reasons``: empty iff certified (a list, whatever sequence was given). ``system``: which system was
-    decided ("paper" P_l, "lexicographic" or "joint" E4). ``claim``: the set the gradient is certified to lie
-    in. ``theorem``: the one a certified step rests on; 1, 4 and 6 hold for the network whatever the values are.
+    decided ("paper" P_l, "lexicographic" or "joint" E4), or "hull": each block has a direction for one element of
+    dB, and the ``combination`` of them is AD's gradient (Theorem H). ``claim``: the set the gradient is certified
+    to lie in. ``theorem``: the one a certified step rests on; 1, 4 and 6 hold for the network whatever the values are.
     ``shapes``: of every trainable parameter. ``scales``: rank per parameter, rank 1 perturbed least.
     ``fingerprints``: op -> sha256 of its recorded decisions. ``seconds``: stage -> time.
 
@@ -134,6 +166,7 @@ class Certificate:
     fingerprints: dict[str, str] = field(default_factory=dict)
     seconds: dict[str, float] = field(default_factory=dict)
     theorem: str = ""
+    combination: Combination | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "reasons", list(self.reasons))
@@ -146,8 +179,9 @@ class Certificate:
         float64; the exact integers are the blocks' own.
         """
         result = {name: torch.zeros(prod(shape), dtype=torch.float64) for name, shape in self.shapes.items()}
+        several = self.system == "hull" and len(self.blocks) > 1  # each element has a witness of its own
         for block in self.blocks:
-            if block.direction is None:
+            if block.direction is None or several:
                 continue
             unit = 1 << max((abs(x) for x in block.direction), default=0).bit_length()
             values = torch.tensor([x / unit for x in block.direction], dtype=torch.float64)
@@ -164,7 +198,8 @@ class Certificate:
         CERTIFIED: every block has a direction that makes each of its rows positive, and independent rows if some are
         free. UNCERTIFIED: some block
         has a proof that no direction does. UNDECIDED: there is a reason. In each case columns lie inside
-        their parameters, the blocks of one rank do not overlap, and the layers' counts agree with the blocks
+        their parameters, the blocks of one rank do not overlap (those of a combination have the same columns,
+        and it is the target exactly), and the layers' counts agree with the blocks
         (for a certified step exactly; otherwise a certificate may list fewer blocks than were counted). It
         covers the rows listed, not that the list is complete.
         """
@@ -173,7 +208,7 @@ class Certificate:
         for number, block in enumerate(self.blocks):
             where = f"block {number} of layer {block.layer!r}"
             try:
-                self._verify_columns(block, taken)
+                self._verify_columns(block, {} if self.system == "hull" else taken)
                 _verify_system(block)
             except CertificateError as error:
                 raise CertificateError(f"{where}: {error}") from None
@@ -185,7 +220,22 @@ class Certificate:
                 self._verify_free(block, where)
         if self.verdict is Verdict.UNCERTIFIED and all(block.proof is None for block in self.blocks):
             raise CertificateError("no block has a proof of emptiness, but the certificate says uncertified")
+        self._verify_combination()
         self._verify_layers()
+
+    def _verify_combination(self) -> None:
+        """Theorem H, and nothing else, rests on a combination."""
+        if self.system != "hull" and self.theorem != "Theorem H" and self.combination is None:
+            return
+        certified = self.verdict is Verdict.CERTIFIED
+        if not certified or self.system != "hull" or self.theorem != "Theorem H" or self.combination is None:
+            raise CertificateError("system hull, Theorem H and a combination belong together, in a certified step")
+        if self.claim == "bouligand" and len(self.blocks) != 1:
+            raise CertificateError("a combination of several elements is claimed to be one")
+        try:
+            self.combination.verify(self.blocks)
+        except (AdcertError, TypeError, ValueError, AttributeError, OverflowError) as error:
+            raise CertificateError(f"the combination: {error}") from error
 
     def _verify_free(self, block: Block, where: str) -> None:
         """Theorem E5: independent rows have a direction for every choice of their signs."""
@@ -209,7 +259,7 @@ class Certificate:
         if any(size < 0 for shape in self.shapes.values() for size in shape):
             raise CertificateError("a parameter has a negative size")
         for name, rank in self.scales.items():
-            if name not in self.shapes or rank < 1 or (self.system == "joint" and rank != 1):
+            if name not in self.shapes or rank < 1 or (self.system in ("joint", "hull") and rank != 1):
                 raise CertificateError(
                     f"scale {rank} of {name!r}: unknown parameter, or not a rank of system {self.system}"
                 )

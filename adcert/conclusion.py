@@ -19,6 +19,7 @@ from .coverage import Cover
 from .differences import RowSet
 from .findings import Findings
 from .gradients import Gradients
+from .hull import Hull
 from .independence import independent
 from .joint import ENTRIES, Joint
 from .records import OpRecord
@@ -76,16 +77,18 @@ class LayerFindings:
 class Observed:
     """A step as the training thread hands it over; no tensor of it requires grad or shares memory with the graph.
 
-    ``failures``: of the audit, nothing can be concluded; ``doubts``: single decisions that are open; ``unsettled``:
-    those of which only a layered row is. ``ranks``: of the leaves that belong to a layer. ``problem``: why there is no
-    layered system, or "". ``joint``: the rows of Theorem E4. ``empty``: blocks that are proved empty already, with a
-    leaf of each; ``unlisted``: rows that were left out of ``rowsets`` because of that. Of ``rowsets`` and
-    ``gradients`` some values may still be on their way from a device. ``cover``: the theorem that covers the step
-    whatever its values are. ``matrices``: A_l of every layer with kinks, if the step has the form of Theorem 5.
+    ``failures``: of the audit, nothing can be concluded; ``unsettled``: decisions of which only a layered row is open;
+    ``outside``, ``mixed``: even splits, and touches with proxies on neither side, that no direction covers. Only
+    ``hull``, Theorem H's combination if there is one, does without them. ``ranks``: of the leaves that belong to a
+    layer. ``problem``: why there is no layered system, or "". ``joint``: the rows of Theorem E4. ``empty``: blocks that
+    are proved empty already, with a leaf of each; ``unlisted``: rows that were left out of ``rowsets`` because of that.
+    Of ``rowsets`` and ``gradients`` some values may still be on their way from a device. ``cover``: the theorem that
+    covers the step whatever its values are. ``matrices``: A_l of every layer with kinks, if the step has the form of
+    Theorem 5.
     """
 
     failures: list[str]
-    doubts: list[str]
+    mixed: list[str]
     layers: tuple[LayerFindings, ...]
     rowsets: list[RowSet]
     ranks: dict[str, int]
@@ -102,6 +105,8 @@ class Observed:
     unsettled: list[str] = field(default_factory=list)
     problem: str = ""
     joint: Joint = field(default_factory=lambda: Joint(missing="its rows were not taken"))
+    outside: list[str] = field(default_factory=list)
+    hull: Hull | None = None
 
     @classmethod
     def nothing(cls, reason: str, strict: bool) -> Observed:
@@ -113,6 +118,8 @@ class Observed:
         """What holding it costs, in bytes: its rows and lists."""
         tensors = [t for prints in self.prints.values() for t in prints.lists]
         tensors += [t for layer in self.layers for found in layer.found for t in found.open]
+        for element in self.hull.elements if self.hull is not None else ():
+            tensors += [torch.from_numpy(element.rows)]
         for rowset in {id(rowset): rowset for rowset in (*self.rowsets, *self.joint.rowsets)}.values():
             for part in rowset.parts:
                 tensors += [t for t in (part.owner, part.group, part.plus, part.minus, part.radius) if t is not None]
@@ -139,42 +146,44 @@ def conclude(step: Observed, memory: Memory | None = None) -> Certificate:
     start = time.perf_counter()
     try:
         failures = [*step.failures, *(step.gradients.late() if step.gradients else [])]
-        answer = _nothing(step, failures) if failures else _answer(step, memory)
+        answer = _nothing(step, failures) if failures else _tried(step, memory)
     except Exception as error:
         answer = _nothing(step, [f"the systems could not be decided: {type(error).__name__}: {error}"])
-    joint = answer.system == "joint"
+    joint = answer.system in ("joint", "hull")
     certificate = Certificate(
         verdict=answer.verdict,
         reasons=answer.reasons,
         layers=answer.layers,
         blocks=answer.blocks,
         system=answer.system,
-        claim=_claim(answer.blocks) if answer.verdict is Verdict.CERTIFIED else "",
+        claim=_claim(answer) if answer.verdict is Verdict.CERTIFIED else "",
         theorem=_theorem(step, answer) if answer.verdict is Verdict.CERTIFIED else "",
         shapes=step.shapes,
         scales={name: 1 if joint else step.ranks.get(name, 1) for name in step.shapes},
         assumptions=step.assumptions,
         fingerprints={name: prints.digest() for name, prints in step.prints.items()},
         seconds=dict(step.seconds),
+        combination=step.hull.combination if answer.system == "hull" and step.hull is not None else None,
     )
     certificate.seconds["solve"] = time.perf_counter() - start
     return certificate
 
 
-def _claim(blocks: Sequence[Block]) -> str:
+def _claim(answer: _Answer) -> str:
     """What a certified step claims: with proxies between the one-sided derivatives a convex combination."""
-    return "clarke" if any(FREE in block.rules for block in blocks) else "bouligand"
+    several = answer.system == "hull" and len(answer.blocks) > 1
+    return "clarke" if several or any(FREE in block.rules for block in answer.blocks) else "bouligand"
 
 
 def _theorem(step: Observed, answer: _Answer) -> str:
     """The theorem a certified step rests on: one that needs no values, else 5 where it holds, else the system's own."""
-    if answer.system == "joint":
-        return "Theorem E4"
+    if answer.system in ("joint", "hull"):
+        return "Theorem E4" if answer.system == "joint" else "Theorem H"
     if step.cover is not None:
         return step.cover.theorem
     if step.matrices and _independent(step.matrices, answer.layers, answer.blocks):
         return "Theorem 5"
-    if _claim(answer.blocks) == "clarke":
+    if _claim(answer) == "clarke":
         return "Theorem E5"
     return "Theorem 8" if step.strict else "Theorem E4"
 
@@ -193,6 +202,24 @@ def _inputs_independent(matrices: frozenset[str], block: Block) -> bool:
     of_matrix = np.concatenate([np.full(len(c.indices), c.parameter in matrices) for c in block.columns])
     parts = (None if array is None else array[:, of_matrix] for array in (block.rows, block.minus, block.radius))
     return bool(of_matrix.any()) and independent(*parts)
+
+
+def _tried(step: Observed, memory: Memory | None) -> _Answer:
+    """The systems' answer; where they do not certify, and no defect is behind that, the combination's."""
+    answer = _nothing(step, step.outside) if step.outside else _answer(step, memory)
+    if answer.verdict is Verdict.CERTIFIED or not answer.sound or step.strict or step.hull is None:
+        return answer
+    return _convex(step, step.hull)
+
+
+def _convex(step: Observed, hull: Hull) -> _Answer:
+    """Theorem H: its elements are reported as blocks of a layer of their own."""
+    name = _whole(step)
+    blocks = hull.blocks(name)
+    layers = tuple(replace(_report(layer, {}), rank=1, rows=0) for layer in step.layers)
+    leaves = tuple(column.parameter for column in hull.columns)
+    whole = LayerReport(name, leaves, "none", 1, rows=sum(len(b.rows) for b in blocks), blocks=len(blocks))
+    return _Answer("hull", Verdict.CERTIFIED, [], (*layers, whole), blocks)
 
 
 def _answer(step: Observed, memory: Memory | None) -> _Answer:
@@ -232,24 +259,30 @@ def _layered(step: Observed, memory: Memory | None) -> _Answer:
     failures = []
     if left and not any(block.proof is not None for block in blocks):
         failures.append(f"{left} rows or blocks were left out though no other one is proved empty")  # a defect of ours
-    verdict, reasons = _verdict(failures, [*step.doubts, *step.unsettled], blocks)
+    verdict, reasons = _verdict(failures, [*step.mixed, *step.unsettled], blocks)
     layers = tuple(_report(layer, solved) for layer in step.layers)
     return _Answer("paper" if step.strict else "lexicographic", verdict, reasons, layers, blocks, not failures)
 
 
 def _jointly(step: Observed, memory: Memory | None) -> _Answer:
     """Theorem E4's one system over all parameters. Its rows are reported as those of a layer of its own."""
-    name = "all parameters"
-    while any(layer.name == name for layer in step.layers):
-        name += "_"
+    name = _whole(step)
     solved = solve(System(name, 1, step.joint.rowsets, step.shapes, ENTRIES), True, memory)
-    verdict, reasons = _verdict([], [*step.doubts, *step.joint.doubts], solved.blocks, joint=True)
+    verdict, reasons = _verdict([], [*step.mixed, *step.joint.doubts], solved.blocks, joint=True)
     layers = tuple(replace(_report(layer, {}), rank=1, rows=0) for layer in step.layers)
     if solved.count:
         leaves = dict.fromkeys(column.parameter for block in solved.blocks for column in block.columns)
         whole = LayerReport(name, tuple(leaves), "none", 1, rows=solved.rows, blocks=solved.count)
         layers = (*layers, whole)
     return _Answer("joint", verdict, reasons, layers, tuple(solved.blocks))
+
+
+def _whole(step: Observed) -> str:
+    """The name of a layer of all parameters."""
+    name = "all parameters"
+    while any(layer.name == name for layer in step.layers):
+        name += "_"
+    return name
 
 
 def failed(step: Observed, reason: str) -> Certificate:

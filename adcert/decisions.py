@@ -75,9 +75,9 @@ def _between(scope: Scope, record: OpRecord, units: Tensor, kinks: Tensor, found
         if len(mine) == 0:
             continue
         if kink.weight is None:
-            found.doubts.append(f"{record.name}: {len(mine)} units at {kink.at:g}: {outside(kink)}")
+            found.mixed.append(f"{record.name}: {len(mine)} units at {kink.at:g}: {outside(kink)}")
         elif not scope.layered:
-            found.doubts.append(f"{record.name}: {len(mine)} units at {kink.at:g}: {NO_SIDE}")
+            found.mixed.append(f"{record.name}: {len(mine)} units at {kink.at:g}: {NO_SIDE}")
         elif bias is not None:
             order = scope.ranks.order
             below = (order.upstream[record] | order.own[record]) - {bias.leaf}
@@ -87,7 +87,7 @@ def _between(scope: Scope, record: OpRecord, units: Tensor, kinks: Tensor, found
         else:
             left = _free_rows(scope, record, Differences(torch.full_like(mine, -1), mine), found)
             if left:
-                found.doubts.append(f"{record.name}: {left} units at a kink where {NO_SIDE}")
+                found.mixed.append(f"{record.name}: {left} units at a kink where {NO_SIDE}")
 
 
 def _free_rows(scope: Scope, record: OpRecord, differences: Differences, found: Findings) -> int:

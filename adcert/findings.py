@@ -91,7 +91,8 @@ class Bulk:
 class Findings:
     """What the decisions of one record came to.
 
-    ``doubts``: about a decision itself. ``unsettled``: about its row in a layered system, which the joint system does
+    ``mixed``: touches whose proxy is no one-sided derivative, which only :mod:`adcert.hull` does without.
+    ``unsettled``: about its row in a layered system, which the joint system does
     without. ``deep``: differences whose layered row is not the whole gradient, or is unsettled.
     """
 
@@ -103,8 +104,8 @@ class Findings:
     bulk: list[Bulk] = field(default_factory=list)
     pending: list[Pending] = field(default_factory=list)
     deep: list[Pending] = field(default_factory=list)
-    doubts: list[str] = field(default_factory=list)
-    outside: list[str] = field(default_factory=list)  # what no theorem covers: nothing can be concluded
+    mixed: list[str] = field(default_factory=list)
+    outside: list[str] = field(default_factory=list)  # even splits that no system covers
     unsettled: list[str] = field(default_factory=list)
     open: list[Tensor] = field(default_factory=list)  # windows with a member that is not in T_j, in pieces
     free: Free = field(default_factory=Free)

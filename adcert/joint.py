@@ -87,7 +87,7 @@ class Joint:
         if self.missing:
             return
         try:
-            systems = _by_rank(scope, [*earlier, *fresh.values()])
+            systems = by_rank(scope, [*earlier, *fresh.values()])
             for leaf in empty:
                 _hopeless(systems[scope.ranks.of[leaf]])
             if any(found.unlisted for found in fresh.values()):
@@ -169,7 +169,7 @@ def _bounded(scope: Scope, pending: list[Pending], most: int) -> None:
         raise Refused(f"{count} rows of {columns:,} parameters, limit {ENTRIES:,} entries")
 
 
-def _by_rank(scope: Scope, findings: list[Findings]) -> dict[int, list[RowSet]]:
+def by_rank(scope: Scope, findings: Iterable[Findings]) -> dict[int, list[RowSet]]:
     """The rows of every layered system."""
     systems: dict[int, list[RowSet]] = defaultdict(list)
     for rowset in (rowset for found in findings for rowset in found.rowsets if rowset.parts):

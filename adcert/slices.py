@@ -97,13 +97,13 @@ def through_record(count: int, record: OpRecord, g: Slices) -> Slices:
     flat = data.map(lambda t: t.reshape(len(g.row), -1))
     if not bool((target // in_inner == g.sample[:, None]).all()):  # selected across samples
         into = (g.row[:, None] * (in_shape[0] * in_inner) + target).reshape(1, -1)
-        ball = _scattered(flat.map(lambda t: t.reshape(1, -1)), into, count * in_shape[0] * in_inner, target.numel())
+        ball = scattered(flat.map(lambda t: t.reshape(1, -1)), into, count * in_shape[0] * in_inner, target.numel())
         return from_dense(ball.map(lambda t: t.reshape(count, *in_shape)), in_shape)
-    ball = _scattered(flat, target - g.sample[:, None] * in_inner, in_inner, record.ties.overlap)
+    ball = scattered(flat, target - g.sample[:, None] * in_inner, in_inner, record.ties.overlap)
     return Slices(g.row, g.sample, ball.map(lambda t: t.reshape(len(g.row), *in_shape[1:])), in_shape)
 
 
-def _scattered(data: Ball, target: Tensor, size: int, overlap: int) -> Ball:
+def scattered(data: Ball, target: Tensor, size: int, overlap: int) -> Ball:
     """[M, size]: entries added up at ``target``, at most ``overlap`` in one place (overlapping windows)."""
     value = torch.zeros(len(target), size, dtype=torch.float64).scatter_add_(1, target, data.value)
     total = torch.zeros_like(value).scatter_add_(1, target, data.value.abs())

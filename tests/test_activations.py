@@ -143,7 +143,7 @@ def test_discontinuous_activations_are_refused(module: nn.Module) -> None:
 
 
 def test_abs_needs_a_choice_of_both_sides() -> None:
-    """|w| at 0: AD says 0, dC = [-1, 1]; |w| - relu(w) - relu(-w) is 0 there, and no sides are consistent."""
+    """|w| at 0: AD says 0, dC = [-1, 1]; |w| - relu(w) - relu(-w) is 0, and only with sides of its own choice."""
     w = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
     model = nn.ParameterList([w])
     assert certify(lambda: w.abs().sum(), model).verdict is Verdict.CERTIFIED
@@ -152,11 +152,16 @@ def test_abs_needs_a_choice_of_both_sides() -> None:
     touched = certify(lambda: w.abs().sum(), model)
     assert (touched.verdict, touched.claim) == (Verdict.CERTIFIED, "clarke")
     mixed = certify(lambda: (w.abs() - torch.relu(w) - torch.relu(-w)).sum(), model)
-    assert mixed.verdict is not Verdict.CERTIFIED
+    assert (mixed.verdict, mixed.theorem) == (Verdict.CERTIFIED, "Theorem H")
+    wrong = certify(lambda: (w.abs() - 2 * torch.relu(w) + w).sum(), model)
+    assert wrong.verdict is not Verdict.CERTIFIED
 
 
 def test_prelu_slopes_take_part() -> None:
-    """relu(prelu(w, a)) at w = -1, a = 0: y = 0 moves with a alone; relu(-prelu(w, a)) asks the opposite."""
+    """relu(prelu(w, a)) at w = -1, a = 0: y = 0 moves with a alone; relu(-prelu(w, a)) asks the opposite.
+
+    The sum of both is |y|, with AD's 0 in the middle; their difference is y, whose derivative in a is -1.
+    """
     w = nn.Parameter(torch.tensor([-1.0], dtype=torch.float64))
     a = nn.Parameter(torch.tensor([0.0], dtype=torch.float64))
     model = nn.ParameterDict({"w": w, "a": a})
@@ -164,6 +169,8 @@ def test_prelu_slopes_take_part() -> None:
     assert one.verdict is Verdict.CERTIFIED, one.reasons
     assert float(one.directions["a"]) > 0  # relu's proxy 0 is the left side: -<g, p> = p_a > 0
     both = certify(lambda: (torch.relu(F.prelu(w, a)) + torch.relu(-F.prelu(w, a))).sum(), model)
+    assert (both.verdict, both.theorem) == (Verdict.CERTIFIED, "Theorem H"), both.reasons
+    both = certify(lambda: (torch.relu(F.prelu(w, a)) - torch.relu(-F.prelu(w, a))).sum(), model)
     assert both.verdict is Verdict.UNCERTIFIED, both.reasons
 
 

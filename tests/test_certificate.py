@@ -398,7 +398,10 @@ def rewrite_json(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
 FORGED_FIELDS: list[tuple[list[Any], Any]] = [
     (["format"], "pickle"),
     (["version"], 1),  # which knows no theorem
-    (["version"], 3),
+    (["version"], 2),  # which knows no combination
+    (["version"], 4),
+    (["combination"], []),
+    (["combination"], {}),
     (["theorem"], 6),
     (["version"], "1"),
     (["verdict"], "surely"),
@@ -448,10 +451,19 @@ FORGED_FIELDS: list[tuple[list[Any], Any]] = [
 def test_a_file_of_the_first_format_names_no_theorem(saved: Path) -> None:
     def change(data: Any) -> None:
         data["version"] = 1
-        del data["theorem"]
+        del data["theorem"], data["combination"]
 
     rewrite_json(saved, change)
     assert Certificate.load(saved).theorem == ""
+
+
+def test_a_file_of_the_second_format_has_no_combination(saved: Path) -> None:
+    def change(data: Any) -> None:
+        data["version"] = 2
+        del data["combination"]
+
+    rewrite_json(saved, change)
+    assert Certificate.load(saved).combination is None
 
 
 @pytest.mark.parametrize(("path", "value"), FORGED_FIELDS, ids=lambda x: str(x)[:40])

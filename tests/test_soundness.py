@@ -31,14 +31,16 @@ def test_property_certificates_are_true(seed: int) -> None:
     """Beyond the pinned thousand: a certified gradient is the limit of true gradients along the witness."""
     network = random_network(seed)
     for certificate in certificates(network).values():
-        if certificate.verdict is adcert.Verdict.CERTIFIED:
+        if certificate.claim == "clarke":  # a combination, without a witness of its own
+            assert oracle.judge(network.closure, network.model).member is not False
+        elif certificate.verdict is adcert.Verdict.CERTIFIED:
             witness = oracle.replays(network.closure, network.model, certificate.directions, certificate.scales)
             assert witness.reproduces
         assert certificate.verdict is not adcert.Verdict.UNDECIDED
 
 
 def test_thousand_networks() -> None:
-    """0 false certificates; at least 75 % of the gradients that are Clarke certified, 49 % strictly.
+    """0 false certificates; at least 80 % of the gradients that are Clarke certified, 49 % strictly.
 
     A gradient counts as Clarke if the oracle says so, or, where the oracle cannot tell, if a witness replays.
     """
@@ -50,7 +52,9 @@ def test_thousand_networks() -> None:
         for mode, certificate in found.items():
             name = f"network {seed}, {mode}"
             assert certificate.verdict is not adcert.Verdict.UNDECIDED, f"{name}: undecided on exact data"
-            if certificate.verdict is adcert.Verdict.CERTIFIED:
+            if certificate.claim == "clarke":  # a combination, without a witness of its own
+                assert member is True, f"{name}: the oracle does not confirm"
+            elif certificate.verdict is adcert.Verdict.CERTIFIED:
                 witness = oracle.replays(network.closure, network.model, certificate.directions, certificate.scales)
                 distances = [distance for distance in witness.distances if distance is not None]
                 assert witness.reproduces, f"{name}: the witness does not tend to AD's gradient"
@@ -67,5 +71,5 @@ def test_thousand_networks() -> None:
     clarke = sum(count for (mode, _, member), count in counts.items() if member and mode == "default")
     print({" ".join(map(str, key)): count for key, count in sorted(counts.items())})
     assert clarke >= SEEDS // 2
-    assert counts["default", "certified", True] >= 0.75 * clarke
+    assert counts["default", "certified", True] >= 0.80 * clarke
     assert counts["strict", "certified", True] >= 0.49 * clarke
