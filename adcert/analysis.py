@@ -186,8 +186,7 @@ class StepAnalysis:
         scope = Scope(graph, ranks if layered else replace(ranks, bias={}), self.strict, layered)
         fresh: dict[OpRecord, Findings] = {}
         pooled = any(pools(record) for record in self.taus)
-        here = not any(record.output.is_cuda for record in records)  # a pass would wait for the device
-        light = here and sum(math.prod(record.input_shape) for record in records) <= LIGHT
+        light = sum(math.prod(record.input_shape) for record in records) <= LIGHT
         if light and not self.strict and any(record.decides() for record in records):
             graph.felt = felt(graph)
         for record in records:

@@ -84,7 +84,7 @@ def test_the_number_of_waits_does_not_grow_with_the_ties(gpu: Place) -> None:
                     loss.backward()
         return found
 
-    assert waits(X) <= waits(FEW) < 20
+    assert waits(X) <= waits(FEW) + 1 < 25  # tied windows are asked for, all at once
 
 
 # ---- what arrives late ---------------------------------------------------------------------------
