@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from . import activations, choices
 from .activations import Activation
 from .choices import Choice, Window
-from .records import Recorder
+from .records import Recorder, recordable
 
 Arguments = dict[str, Any]
 Rho = Callable[[Arguments], Activation | None]  # None: no kink that the theory knows how to take
@@ -260,8 +260,25 @@ def _extremum(largest: bool) -> Handler:
     return handle
 
 
+class _Greater(torch.autograd.Function):
+    """torch's own maximum or minimum of two tensors, as a function of their stack: equal to the last bit."""
+
+    @staticmethod
+    def forward(ctx: Any, stack: Tensor, run: Callable[[], Tensor], largest: bool) -> Tensor:
+        ctx.save_for_backward(stack)
+        ctx.largest = largest
+        return run()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        first, second = ctx.saved_tensors[0].unbind(0)
+        lower, upper = (first < second, first > second) if ctx.largest else (first > second, first < second)
+        shared = torch.where(first == second, grad / 2, grad)
+        return torch.stack([shared.masked_fill(lower, 0), shared.masked_fill(upper, 0)]), None, None
+
+
 def _greater(largest: bool) -> Handler:
-    """``maximum`` and ``minimum`` of two tensors, as an extremum over their stack: the same values and gradients."""
+    """``maximum`` and ``minimum`` of two tensors, as an extremum over their stack."""
 
     def handle(recorder: Recorder, call: Call) -> Any:
         pair = call.given["input"], call.given["other"]
@@ -269,7 +286,9 @@ def _greater(largest: bool) -> Handler:
             return NotImplemented
         with torch._C.DisableTorchFunction():
             stack = torch.stack(torch.broadcast_tensors(*pair))  # type: ignore[no-untyped-call]
-            run = functools.partial(torch.amax if largest else torch.amin, stack, 0)
+            if not recordable(stack):
+                return NotImplemented
+            run = functools.partial(_Greater.apply, stack, call.run, largest)
             return _even(recorder, replace(call, given={"input": stack}, run=run), (0,), largest)
 
     return handle

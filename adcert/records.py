@@ -160,7 +160,7 @@ class Recorder:
     def relu(self, x: Tensor, name: str, *, inplace: bool = False) -> Tensor:
         """``torch.relu`` (in place if asked), recording the units that touch the kink at 0."""
         with torch._C.DisableTorchFunction():
-            if _recordable(x):
+            if recordable(x):
                 name = self._begin(x, name)
                 room = self.rooms.of(name, x.numel()) if x.is_cuda else None
                 source = _edge_of(_whole(x))
@@ -180,7 +180,7 @@ class Recorder:
         that was made (RReLU). Where y is overwritten, codes of a byte tell AD's slopes, or a copy if they are curved.
         """
         with torch._C.DisableTorchFunction():
-            if not (_recordable(x) or (isinstance(left, Tensor) and _recordable(left))):
+            if not (recordable(x) or (isinstance(left, Tensor) and recordable(left))):
                 return run()
             sides = rho.sides(x)
             if sides is None:
@@ -211,7 +211,7 @@ class Recorder:
         The first tensor of the result is the selection. On a GPU this waits for the device.
         """
         with torch._C.DisableTorchFunction():
-            if not _recordable(x):
+            if not recordable(x):
                 return run()
             source = _edge_of(x)
             self._begin(x, name)
@@ -235,7 +235,7 @@ class Recorder:
         """``max_pool2d`` of ``x``, or of ``relu(x)``, recording touches and ties in the same pass."""
         geometry = window.kernel, window.stride, window.padding, window.dilation
         with torch._C.DisableTorchFunction():
-            if _recordable(x):
+            if recordable(x):
                 name = self._begin(x, name)
                 room = self.rooms.of(name, window.most(x.shape)) if x.is_cuda else None
                 result = ops.max_pool2d(x, *geometry, ceil_mode, relu=relu, capacity=room)
@@ -378,7 +378,7 @@ def _fused(rho: Activation) -> bool:
     return rho.name in ops.ACTIVATIONS and ops.kinks(rho.name, rho.arguments) == rho.kinks
 
 
-def _recordable(x: Tensor) -> bool:
+def recordable(x: Tensor) -> bool:
     """Differentiable, and not part of what a checkpoint will run again in backward.
 
     On a GPU that happens on autograd's own thread, where no recorder is active and torch's operators save other

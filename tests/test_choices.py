@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -306,3 +307,21 @@ def test_modules_bear_their_names(module: nn.Module) -> None:
     certificate = certify(loss, model)
     assert certificate.layers[0].name == "1"
     assert certificate.verdict is Verdict.CERTIFIED, certificate.reasons
+
+
+@pytest.mark.parametrize("function", [torch.maximum, torch.minimum, torch.max])
+def test_extrema_of_two_tensors_are_torchs_to_the_bit(function: Callable[[Tensor, Tensor], Tensor]) -> None:
+    """Signs of zeros, strides, and gradients of 0 beside a NaN and at the smaller one of an infinite gradient."""
+    first = torch.tensor([-0.0, 0.0, 1.0, 2.0, float("nan"), 3.0]).repeat(12).reshape(2, 3, 4, 3)
+    second = torch.tensor([0.0, -0.0, 1.0, 5.0, 1.0, 4.0]).repeat(12).reshape(2, 3, 4, 3)
+    incoming = torch.tensor([1.0, 1.0, 1.0, float("inf"), 0.0, float("-inf")]).repeat(12).reshape(2, 3, 4, 3)
+    found = []
+    for monitored in (False, True):
+        w = nn.ParameterList([nn.Parameter(first.clone()), nn.Parameter(second.clone())])
+        with adcert.Monitor(w).step() if monitored else contextlib.nullcontext():
+            images = [(p * 1).to(memory_format=torch.channels_last) for p in w]
+            output = function(*images)
+            output.backward(incoming)
+        tensors = (output, w[0].grad, w[1].grad)
+        found.append((output.stride(), *(t.detach().view(torch.int32).tolist() for t in tensors)))
+    assert found[0] == found[1]
