@@ -100,6 +100,7 @@ def _along(
     target = _gradient(closure, parameters, devices)
     directions = {name: p.to(centre[name].device) for name, p in certificate.directions.items()}
     used = sorted({certificate.scales[name] for name, p in directions.items() if bool(p.any())})
+    directions = _level(directions, certificate.scales)
     ranks = len(used)
     generator = torch.Generator().manual_seed(seed)
     options: Any = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
@@ -117,6 +118,15 @@ def _along(
                 tensor.copy_(centre[name] + t * step)
         distances.append(float(torch.linalg.vector_norm(_gradient(closure, parameters, devices) - target)))
     return Replay(True, "", tuple(scales), tuple(distances), float(torch.linalg.vector_norm(target)))
+
+
+def _level(directions: dict[str, Tensor], scales: dict[str, int]) -> dict[str, Tensor]:
+    """Every rank's direction with largest entry 1: only its sign matters, and no rank may outgrow the next."""
+    tops: dict[int, float] = {}
+    for name, p in directions.items():
+        if p.numel():
+            tops[scales[name]] = max(tops.get(scales[name], 0.0), float(p.abs().max()))
+    return {name: p / (tops.get(scales[name], 0.0) or 1.0) for name, p in directions.items()}
 
 
 def _gradient(closure: Callable[[], Tensor], parameters: dict[str, Tensor], devices: list[int]) -> Tensor:
