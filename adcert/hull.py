@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -108,7 +108,7 @@ class _Search:
         if answer.proof is None:
             self.separator = None if answer.direction is None else _scaled(answer.direction)
             return None
-        used = tuple(elements[row] for row in answer.proof.rows)
+        used = tuple(_centred(elements[row]) for row in answer.proof.rows)
         proof = Proof(tuple(range(len(used))), answer.proof.weights)
         return Hull(self.program.columns, used, self.target, proof)
 
@@ -139,6 +139,14 @@ class _Search:
             unit[number // 8 % self.program.width] = sign
             return unit
         return None
+
+
+def _centred(element: Element) -> Element:
+    """With a direction that is as far from the kinks as it gets, if there is one at hand: it is easier to follow."""
+    if not len(element.rows):
+        return element
+    found = decide(element.rows, None, element.radius, seconds=0.1).direction
+    return element if found is None else replace(element, direction=found)
 
 
 def _scaled(direction: tuple[int, ...]) -> Array:
