@@ -142,6 +142,8 @@ class Program:
         rows = torch.cat([nothing, *(row.value for row in walk.rows)]).numpy()
         radii = [torch.zeros_like(row.value) if row.radius is None else row.radius for row in walk.rows]
         radius = torch.cat([nothing, *radii]).numpy()
+        if radius.any():  # such rows may hold by margins that no evaluation near w confirms
+            raise Uncertain("rows that are rounded")
         element = Element(gradient, rows, radius if radius.any() else None, tuple(walk.rules), p)
         if not check_direction(rows, p, None, element.radius):
             raise Uncertain("the direction does not make every row positive")
