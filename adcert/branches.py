@@ -198,8 +198,8 @@ def _shares(record: OpRecord) -> Shares:
 def _even(kind: str, size: int, dtype: torch.dtype) -> bool:
     """Does the running torch split a gradient evenly among so many tied entries?"""
     run = _EXTREMA.get(kind.removesuffix("Backward"))
-    if run is None:
-        return False
+    if run is None or size == 1:
+        return run is not None
     with torch.enable_grad(), torch.inference_mode(False), torch._C.DisableTorchFunction():
         x = torch.zeros(size, dtype=dtype, requires_grad=True)
         (found,) = torch.autograd.grad(run(x), x)

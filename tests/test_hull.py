@@ -203,6 +203,19 @@ def test_order_statistics_are_left_out() -> None:
 # ---- the certificate -------------------------------------------------------------------------------------------
 
 
+def test_maxima_beside_a_tie() -> None:
+    """One of two windows ties: what the other one passes on is not split."""
+    a = nn.Parameter(torch.tensor([0.0, 2.0], dtype=torch.float64))
+    b = nn.Parameter(torch.tensor([0.0, 1.0], dtype=torch.float64))
+
+    def loss() -> torch.Tensor:
+        return (torch.maximum(a, b) + torch.relu(a - b) + torch.relu(b - a)).sum()
+
+    certificate = certify(loss, nn.ParameterList([a, b]))
+    assert certificate.verdict is Verdict.CERTIFIED, certificate.reasons
+    certificate.verify()
+
+
 def test_saved_and_loaded(tmp_path: Path) -> None:
     model = Function(extremes, w=[0.0, 0.0])
     certified(model).save(tmp_path / "hull.adcert")
