@@ -55,6 +55,7 @@ class StepAnalysis:
         self.failures: dict[str, None] = {}  # the audit's: nothing can be concluded
         self.outside: dict[str, None] = {}  # even splits that no system covers
         self.hull: Hull | None = None
+        self.backwards = 0  # passes seen, and losses named
         self.findings: dict[OpRecord, Findings] = {}
         self.taus: dict[OpRecord, Tau] = {}
         self.bias: dict[OpRecord, str] = {}
@@ -89,7 +90,8 @@ class StepAnalysis:
         again = bool(nodes) and self.roots >= losses  # step.loss(loss), or the same loss once more
         if not (again and losses == self.roots):  # what is combined is the gradient of one number
             self.hull = None
-        only = not self.roots and len(roots) == 1
+        only = self.backwards == 0 and len(roots) == 1  # a root that is a leaf counts, too
+        self.backwards += 1
         self.roots |= losses
         coming = Coming(watch.recorder, [] if again else roots)
         graph = Graph(nodes, watch.recorder.records, self.leaves)

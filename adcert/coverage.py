@@ -151,24 +151,10 @@ def _matrix(graph: Graph, record: OpRecord, own: frozenset[str]) -> tuple[str, i
     if weight is not None and kind_of(weight) == "TBackward":
         weight = weight.next_functions[0][0]
     leaf = None if weight is None else graph.leaf(weight)
-    if leaf is None or leaf not in own or _reads(graph, sources[0], leaf):
+    if leaf is None or leaf not in own or graph.reaches(sources[0], (leaf,)):
         return None
     rows, outputs = shape_of(node, 0)
     return leaf, rows, graph.leaves.tensor(leaf).numel() // max(1, outputs)
-
-
-def _reads(graph: Graph, start: Node, leaf: str) -> bool:
-    """Is the leaf read above ``start`` without a recorded operation in between?"""
-    stack, seen = [start], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen or node in graph.record_of:
-            continue
-        seen.add(node)
-        if graph.leaf(node) == leaf:
-            return True
-        stack += [source for source, _ in node.next_functions]
-    return False
 
 
 def failing(order: Order, facts: dict[OpRecord, Facts]) -> dict[str, tuple[Failure, ...]]:

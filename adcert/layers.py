@@ -8,7 +8,7 @@ feed it; ``w_l`` are the trainable leaves met there.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -174,6 +174,20 @@ class Graph:
                 else:
                     found.append(None if slot else self.record_of.get(reader))
         return found
+
+    def reaches(self, start: Node | None, leaves: Container[str | None]) -> bool:
+        """Does some path upwards from ``start`` end in one of these leaves without crossing a recorded operation?"""
+        stack, seen = [start], set()
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen or node in self.record_of:
+                continue
+            seen.add(node)
+            leaf = self.leaf(node)
+            if leaf is not None and leaf in leaves:
+                return True
+            stack += [source for source, _ in self.edges[node]]
+        return False
 
     def tau(self, record: OpRecord) -> Tau:
         """The smooth part above a record: its leaves with the number of paths' ends, and the records it reads."""

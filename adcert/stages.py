@@ -117,26 +117,12 @@ def stages_above(graph: Graph, record: OpRecord, base: OpRecord, own: frozenset[
             (node, number), after = node.next_functions[0], Kind.CONV
         else:
             break
-    if stages.conv is None or _reaches(graph, stages.conv.next_functions[0][0], own):
+    if stages.conv is None or graph.reaches(stages.conv.next_functions[0][0], own):
         return None
     if len({tensor.device for tensor in (record.output, *stages.tensors)}) > 1:
         return None  # a model on several devices
     stages.end(Kind.CONSTANT if node is None and after is Kind.CONV else Kind.UNKNOWN)
     return stages
-
-
-def _reaches(graph: Graph, start: Node, own: frozenset[str]) -> bool:
-    """Does some path upwards from ``start`` end in one of these leaves without crossing a recorded operation?"""
-    stack, seen = [start], set()
-    while stack:
-        node = stack.pop()
-        if node is None or node in seen or node in graph.record_of:
-            continue
-        seen.add(node)
-        if graph.leaf(node) in own:
-            return True
-        stack += [source for source, _ in node.next_functions]
-    return False
 
 
 def _known(record: OpRecord) -> bool:

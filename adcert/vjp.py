@@ -5,19 +5,17 @@ What the rules share is here, and the simplest of them; :mod:`adcert.rules` is t
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from . import balls
 from .balls import Ball
 from .layers import kind_of, shape_of
 from .records import Node
 from .rows import alpha_of
-from .slices import Slices, from_dense, padded, reduced, reshaped, to_dense
+from .slices import Slices, from_dense, padded, reduced, reshaped
 from .transfer import pick, through
 
 if TYPE_CHECKING:
@@ -107,30 +105,6 @@ def deliver(walk: Pass, sink: Sink, total: Ball) -> None:
         walk.add_leaf(sink, total.map(lambda t: t.reshape(walk.count, -1)))
     else:
         send_dense(walk, sink, total)
-
-
-def by_node(walk: Pass, node: Node, g: Slices) -> None:
-    """Linear maps with weights >= 0: the node itself maps float64 gradients, row by row, plus its own rounding."""
-    dense = to_dense(walk.count, g)
-    out = shape_of(node, 0)
-
-    def apply(t: Tensor) -> list[Tensor | None]:
-        try:
-            return list(through(node, 0, t.reshape(out)))
-        except RuntimeError as error:
-            raise Unsupported(f"{node.name()}: {error}") from error
-
-    values = [apply(row) for row in dense.value]
-    totals = [apply(row) for row in dense.value.abs()]
-    radii = None if dense.radius is None else [apply(row) for row in dense.radius]
-    for slot, edge in enumerate(node.next_functions):
-        if edge[0] is None or values[0][slot] is None:
-            continue
-        value = torch.stack([_double(row[slot]) for row in values])
-        radius = torch.stack([_double(row[slot]) for row in totals]) * balls.gamma(math.prod(padded(out)) + 8)
-        if radii is not None:
-            radius = radius + torch.stack([_double(row[slot]) for row in radii])
-        send_dense(walk, edge, Ball(value, radius * balls.SLACK))
 
 
 def _double(t: Tensor | None) -> Tensor:

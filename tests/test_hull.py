@@ -216,6 +216,16 @@ def test_maxima_beside_a_tie() -> None:
     certificate.verify()
 
 
+def test_a_leaf_as_another_root_leaves_no_combination() -> None:
+    """Its gradient adds up with the second root's: what is combined is the gradient of one number in one pass."""
+    w = nn.Parameter(torch.zeros(1, dtype=torch.float64))
+    monitor = adcert.Monitor(nn.ParameterList([w]))
+    with monitor.step() as step:
+        w.backward(torch.ones(1, dtype=torch.float64))
+        (torch.relu(w) + torch.relu(-w)).sum().backward()
+    assert step.certificate().system != "hull"
+
+
 def test_saved_and_loaded(tmp_path: Path) -> None:
     model = Function(extremes, w=[0.0, 0.0])
     certified(model).save(tmp_path / "hull.adcert")
