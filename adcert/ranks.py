@@ -57,7 +57,8 @@ def _torn(biases: dict[OpRecord, Bias | None]) -> bool:
     asked: dict[tuple[str, int], Fraction | None] = {}
     for record, bias in touched:
         units, kinks, _ = record.touched()
-        for group, kink in zip(bias.group(units).tolist(), kinks.tolist(), strict=True):
+        distinct = torch.unique(torch.stack([bias.group(units), kinks], 1), dim=0)  # touches may be many
+        for group, kink in distinct.tolist():
             weight = weights[record][kink]
             if asked.setdefault((bias.leaf, group), weight) != weight:
                 return True
