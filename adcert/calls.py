@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from . import activations, choices
+from . import activations, choices, recurrent
 from .activations import Activation
 from .choices import Choice, Window
 from .records import Recorder, recordable
@@ -261,35 +261,48 @@ def _extremum(largest: bool) -> Handler:
 
 
 class _Greater(torch.autograd.Function):
-    """torch's own maximum or minimum of two tensors, as a function of their stack: equal to the last bit."""
+    """torch's own maximum or minimum of two tensors, as a function of their stack: equal to the last bit.
+
+    ``even``: where both are equal each has half of the gradient; else the first has all of it (fmax, fmin).
+    """
 
     @staticmethod
-    def forward(ctx: Any, stack: Tensor, run: Callable[[], Tensor], largest: bool) -> Tensor:
+    def forward(ctx: Any, stack: Tensor, run: Callable[[], Tensor], largest: bool, even: bool) -> Tensor:
         ctx.save_for_backward(stack)
-        ctx.largest = largest
+        ctx.largest, ctx.even = largest, even
         return run()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         first, second = ctx.saved_tensors[0].unbind(0)
         lower, upper = (first < second, first > second) if ctx.largest else (first > second, first < second)
-        shared = torch.where(first == second, grad / 2, grad)
-        return torch.stack([shared.masked_fill(lower, 0), shared.masked_fill(upper, 0)]), None, None
+        if ctx.even:
+            shared = torch.where(first == second, grad / 2, grad)
+            return torch.stack([shared.masked_fill(lower, 0), shared.masked_fill(upper, 0)]), None, None, None
+        return torch.stack([grad.masked_fill(lower, 0), grad.masked_fill(~lower, 0)]), None, None, None
 
 
-def _greater(largest: bool) -> Handler:
+def _greater(largest: bool, even: bool = True) -> Handler:
     """``maximum`` and ``minimum`` of two tensors, as an extremum over their stack."""
 
     def handle(recorder: Recorder, call: Call) -> Any:
         pair = call.given["input"], call.given["other"]
-        if not all(isinstance(t, Tensor) and t.dtype == pair[0].dtype and t.dim() for t in pair):
+        if not all(isinstance(t, Tensor) and t.dtype == pair[0].dtype for t in pair):
             return NotImplemented
         with torch._C.DisableTorchFunction():
             stack = torch.stack(torch.broadcast_tensors(*pair))  # type: ignore[no-untyped-call]
             if not recordable(stack):
                 return NotImplemented
-            run = functools.partial(_Greater.apply, stack, call.run, largest)
-            return _even(recorder, replace(call, given={"input": stack}, run=run), (0,), largest)
+            run = functools.partial(_Greater.apply, stack, call.run, largest, even)
+            if even:
+                return _even(recorder, replace(call, given={"input": stack}, run=run), (0,), largest)
+
+            def choice(result: Tensor) -> Choice:
+                lower = stack[0] < stack[1] if largest else stack[0] > stack[1]
+                seen = stack.detach(), result.detach()[None], lower[None].to(torch.int64)
+                return choices.along(*seen, 0, largest=largest)
+
+            return recorder.chosen(stack, call.name, run, choice)
 
     return handle
 
@@ -363,12 +376,19 @@ def _running(largest: bool) -> Handler:
 
 def _topk(recorder: Recorder, call: Call) -> Any:
     given, x = call.given, call.given["input"]
-    if not given["sorted"] or x.dim() == 0 or int(given["k"]) < 1:
+    if x.dim() == 0 or int(given["k"]) < 1:
         return NotImplemented
+    dim, largest = int(given["dim"]) % x.dim(), bool(given["largest"])
 
     def choice(result: Any) -> Choice:
-        dim, descending = int(given["dim"]) % x.dim(), bool(given["largest"])
-        return choices.ordered(x.detach(), result[0].detach(), result[1], dim, descending=descending)
+        values, indices = result[0].detach(), result[1]
+        if given["sorted"] or int(given["k"]) == 1:
+            return choices.ordered(x.detach(), values, indices, dim, descending=largest)
+
+        def again(line: Tensor) -> Tensor:
+            return line.topk(int(given["k"]), 0, largest, False).indices
+
+        return choices.unordered(x.detach(), indices, dim, again, descending=largest)
 
     return recorder.chosen(x, call.name, call.run, choice)
 
@@ -393,26 +413,31 @@ def _statistic(rank_of: Callable[[Arguments, int], int]) -> Handler:
     return handle
 
 
-def _fractional(recorder: Recorder, call: Call, pool: Callable[..., Any] = F.fractional_max_pool2d) -> Any:
+def _fractional(spatial: int, pool: Callable[..., Any]) -> Handler:
     """Its windows start at random places, which are constants of the step; they are drawn as torch draws them."""
-    given = dict(call.given)
-    x = given["input"]
-    if x.dim() not in (3, 4):
-        return NotImplemented
-    if given["_random_samples"] is None:
-        batch = 1 if x.dim() == 3 else x.size(0)
-        given["_random_samples"] = torch.rand(batch, x.size(-3), 2, dtype=x.dtype, device=x.device)
-    samples = given["_random_samples"].reshape(-1, 2)
-    kernel = _each(given["kernel_size"], 2)
 
-    def choice(result: Any) -> Choice:
-        output, indices = _with_indices(result)
-        axes = [
-            _intervals(samples[:, 1 - axis], x.shape[axis - 2], output.shape[axis - 2], kernel[axis]) for axis in (0, 1)
-        ]
-        return choices.windowed(x, output, _planar(x, indices, 2), axes)
+    def handle(recorder: Recorder, call: Call) -> Any:
+        given = dict(call.given)
+        x = given["input"]
+        if x.dim() not in (spatial + 1, spatial + 2):
+            return NotImplemented
+        if given["_random_samples"] is None:
+            batch = 1 if x.dim() == spatial + 1 else x.size(0)
+            channels = x.size(-spatial - 1)
+            given["_random_samples"] = torch.rand(batch, channels, spatial, dtype=x.dtype, device=x.device)
+        samples = given["_random_samples"].reshape(-1, spatial)
+        kernel = _each(given["kernel_size"], spatial)
+        drawn = (1, 0) if spatial == 2 else (0, 1, 2)  # torch takes the width's sample first in two dimensions
 
-    return recorder.chosen(x, call.name, lambda: pool(**given), choice)
+        def choice(result: Any) -> Choice:
+            output, indices = _with_indices(result)
+            sizes = zip(drawn, x.shape[-spatial:], output.shape[-spatial:], kernel, strict=True)
+            axes = [_intervals(samples[:, k], size, count, cells) for k, size, count, cells in sizes]
+            return choices.windowed(x, output, _planar(x, indices, spatial), axes)
+
+        return recorder.chosen(x, call.name, lambda: pool(**given), choice)
+
+    return handle
 
 
 def _intervals(sample: Tensor, size: int, count: int, kernel: int) -> Tensor:
@@ -424,6 +449,39 @@ def _intervals(sample: Tensor, size: int, count: int, kernel: int) -> Tensor:
         first[:, :-1] = (steps * alpha).to(torch.int64) - (sample[:, None] * alpha).to(torch.int64)
     first[:, -1:] = size - kernel
     return first[:, :, None] + torch.arange(kernel, device=sample.device)
+
+
+# Recurrent networks.
+
+
+def _rnn(recorder: Recorder, call: Call) -> Any:
+    given = call.given
+    x: Tensor = given["input"]
+    hx, params = given.get("hx"), given.get("params")
+    if not isinstance(params, (list, tuple)) or not isinstance(hx, Tensor) or x.dim() != 3:
+        return NotImplemented  # packed sequences
+    if x.is_cuda or not any(recordable(t) for t in (x, hx, *params)):
+        return NotImplemented
+    weights = recurrent.grouped(params, bool(given["has_biases"]))
+    ways = 2 if given["bidirectional"] else 1
+    layers = [weights[start : start + ways] for start in range(0, len(weights), ways)]
+    with torch._C.DisableTorchFunction():
+        first = x.transpose(0, 1) if given["batch_first"] else x
+        relu = functools.partial(recorder.relu, name=call.name)
+        output, last = recurrent.network(first, hx, layers, given["dropout"] if given["train"] else 0.0, relu)
+        return output.transpose(0, 1) if given["batch_first"] else output, last
+
+
+def _rnn_cell(recorder: Recorder, call: Call) -> Any:
+    given = call.given
+    x, state, *tensors = (given.get(name) for name in ("input", "hx", "w_ih", "w_hh", "b_ih", "b_hh"))
+    if not isinstance(x, Tensor) or not isinstance(state, Tensor) or x.is_cuda:
+        return NotImplemented
+    if not any(recordable(t) for t in (x, state, *tensors) if isinstance(t, Tensor)):
+        return NotImplemented
+    with torch._C.DisableTorchFunction():
+        weights = recurrent.Weights(*tensors)  # type: ignore[arg-type]
+        return weights.step(weights.read(x), state, functools.partial(recorder.relu, name=call.name))
 
 
 _NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # torch's functions take numpy's names, too
@@ -490,13 +548,14 @@ for _spatial in (1, 2, 3):
         _INDICES,
         _adaptive(_spatial),
     )
-for _pool in (F.fractional_max_pool2d, F.fractional_max_pool2d_with_indices):
-    _enter(
-        [_pool],
-        "kernel_size output_size output_ratio return_indices _random_samples",
-        {"output_size": None, "output_ratio": None, "_random_samples": None} | _INDICES,
-        functools.partial(_fractional, pool=_pool),
-    )
+for _spatial in (2, 3):
+    for _name in (f"fractional_max_pool{_spatial}d", f"fractional_max_pool{_spatial}d_with_indices"):
+        _enter(
+            [getattr(F, _name)],
+            "kernel_size output_size output_ratio return_indices _random_samples",
+            {"output_size": None, "output_ratio": None, "_random_samples": None} | _INDICES,
+            _fractional(_spatial, getattr(F, _name)),
+        )
 for _largest, _names in ((True, ("max", "amax")), (False, ("min", "amin"))):
     _enter([getattr(torch, _names[0]), getattr(Tensor, _names[0])], "dim keepdim other", _KEEP, _extremum(_largest))
     _enter(
@@ -507,11 +566,15 @@ for _largest, _names in ((True, ("max", "amax")), (False, ("min", "amin"))):
     )
 for _largest, _name in ((True, "maximum"), (False, "minimum")):
     _enter([getattr(torch, _name), getattr(Tensor, _name)], "other", {}, _greater(_largest))
+for _largest, _name in ((True, "fmax"), (False, "fmin")):
+    _enter([getattr(torch, _name), getattr(Tensor, _name)], "other", {}, _greater(_largest, even=False))
 _enter([torch.sort, Tensor.sort], "dim descending stable", {"dim": -1, "descending": False}, _sorted)
 _enter([torch.msort, Tensor.msort], "", {}, _msort)
 _enter([torch.cummax, Tensor.cummax], "dim", {}, _running(True))
 _enter([torch.cummin, Tensor.cummin], "dim", {}, _running(False))
 _enter([torch.topk, Tensor.topk], "k dim largest sorted", {"dim": -1, "largest": True, "sorted": True}, _topk)
+_enter([torch.rnn_relu], "hx params has_biases num_layers dropout train bidirectional batch_first", {}, _rnn)
+_enter([torch.rnn_relu_cell], "hx w_ih w_hh b_ih b_hh", {"b_ih": None, "b_hh": None}, _rnn_cell)
 _enter([torch.median, Tensor.median], "dim keepdim", _KEEP, _statistic(lambda given, size: (size - 1) // 2))
 _enter(
     [torch.kthvalue, Tensor.kthvalue],

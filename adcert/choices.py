@@ -6,8 +6,9 @@ in AD's order along a direction (:meth:`pairs`).
 
 from __future__ import annotations
 
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,6 +16,8 @@ from torch import Tensor
 
 from . import ops
 from .transfer import host, take
+
+_ORDERS = 120  # of the tied entries of one line that are tried
 
 
 @dataclass(frozen=True)
@@ -231,6 +234,63 @@ def ordered(x: Tensor, values: Tensor, indices: Tensor, dim: int, *, descending:
     owner, ahead, behind = owner[order], ahead[order], behind[order]
     plus, minus = (ahead, behind) if descending else (behind, ahead)
     return Choice(torch.unique(owner), owner, plus, minus, chosen, linked=True)
+
+
+def unordered(
+    x: Tensor, indices: Tensor, dim: int, again: Callable[[Tensor], Tensor], *, descending: bool
+) -> Choice:
+    """The choice of a topk that leaves its entries in an order of the algorithm's own.
+
+    ``again(line)``: the indices it finds in a line of distinct numbers. An algorithm that compares its entries finds
+    the same for all entries in that order. If whatever the order of tied entries each output is the entry of a fixed
+    rank, the outputs are those of a sort, in other places.
+
+    Raises:
+        ValueError: if an output is not, or if the orders of a line are too many to be tried.
+    """
+    line = x.movedim(dim, -1)
+    values, order = line.sort(-1, descending=descending)
+    place = torch.arange(x.shape[dim], device=x.device).expand_as(order)
+    ranks = torch.empty_like(order).scatter(-1, order, place).gather(-1, indices.movedim(dim, -1))
+    for tied in torch.nonzero((values.diff(dim=-1) == 0).any(-1)).tolist():
+        ranks[tuple(tied)] = _fixed_ranks(line[tuple(tied)], again, descending=descending)
+    by_rank = ranks.argsort(-1).movedim(-1, dim)
+    sorted_ = indices.gather(dim, by_rank)
+    if not torch.equal(x.gather(dim, sorted_), values.movedim(-1, dim).narrow(dim, 0, indices.shape[dim])):
+        raise ValueError("a topk whose outputs are not the entries of their ranks")
+    choice = ordered(x, x.gather(dim, sorted_), sorted_, dim, descending=descending)
+    owner = _flat(indices.shape, by_rank, dim).reshape(-1)[choice.owner]
+    order = torch.argsort(owner, stable=True)
+    return replace(
+        choice,
+        windows=torch.unique(owner),
+        owner=owner[order],
+        plus=choice.plus[order],
+        minus=choice.minus[order],
+        chosen=_flat(x.shape, indices, dim),
+    )
+
+
+def _fixed_ranks(line: Tensor, again: Callable[[Tensor], Tensor], *, descending: bool) -> Tensor:
+    """The rank of every output, the same in each order of the tied entries."""
+    groups: dict[float, list[int]] = {}
+    for entry, value in enumerate(line.tolist()):
+        groups.setdefault(value, []).append(entry)
+    if math.prod(math.factorial(len(group)) for group in groups.values()) > _ORDERS:
+        raise ValueError(f"more than {_ORDERS} orders of tied entries")
+    found: Tensor | None = None
+    for parts in itertools.product(*(itertools.permutations(groups[value]) for value in sorted(groups))):
+        order = torch.tensor([entry for part in parts for entry in part], device=line.device)
+        rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=line.device))
+        if not torch.equal(rank, rank.to(line.dtype).long()):
+            raise ValueError(f"{len(rank)} ranks do not fit into {line.dtype}")
+        ranks = rank[again(rank.to(line.dtype))]
+        ranks = len(order) - 1 - ranks if descending else ranks
+        if found is not None and not torch.equal(ranks, found):
+            raise ValueError("where an entry goes depends on how ties are broken")
+        found = ranks
+    assert found is not None
+    return found
 
 
 def running(x: Tensor, values: Tensor, indices: Tensor, dim: int, *, largest: bool) -> Choice:

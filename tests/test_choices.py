@@ -61,6 +61,51 @@ def test_topk_keeps_out_what_was_left_out() -> None:
     assert listed(choice) == [(1, first, second), (1, second, third)]
 
 
+def test_an_unsorted_topk_is_a_sort_in_other_places() -> None:
+    """The three largest of 5 2 2 9 2 4, stored as ranks 2, 0, 1: the outputs are 4, 9, 5, and nothing is tied."""
+    x, indices = torch.tensor([5.0, 2.0, 2.0, 9.0, 2.0, 4.0]), torch.tensor([5, 3, 0])
+
+    def again(line: torch.Tensor) -> torch.Tensor:
+        return line.topk(3).indices[[2, 0, 1]]
+
+    choice = choices.unordered(x, indices, 0, again, descending=True)
+    assert (listed(choice), choice.chosen.tolist()) == ([], [5, 3, 0])
+
+
+def test_an_unsorted_topk_with_ties() -> None:
+    """The two largest of 1 3 1 1, stored as ranks 1, 0: the second one has to beat the ones that were left out."""
+    x, indices = torch.tensor([1.0, 3.0, 1.0, 1.0]), torch.tensor([2, 1])
+    choice = choices.unordered(x, indices, 0, lambda line: line.topk(2).indices.flip(0), descending=True)
+    assert listed(choice) == [(0, 2, 0), (0, 2, 3)]
+
+
+def by_first(line: torch.Tensor) -> torch.Tensor:
+    """The two largest, the one at place 0 first if it is one of them: its place depends on more than its rank."""
+    found = line.topk(2).indices
+    return found if int(found[1]) else found.flip(0)
+
+
+@pytest.mark.parametrize(
+    ("x", "indices", "again", "why"),
+    [
+        ([1.0, 1.0, 0.0], [0, 1], by_first, "how ties are broken"),
+        ([1.0] * 6, [0, 1], lambda line: line.topk(2).indices, "orders"),
+        ([2.0, 1.0, 1.0], [1, 2], lambda line: line.topk(2).indices, "not the entries of their ranks"),
+    ],
+)
+def test_an_unsorted_topk_that_is_no_sort(
+    x: list[float], indices: list[int], again: Callable[[torch.Tensor], torch.Tensor], why: str
+) -> None:
+    with pytest.raises(ValueError, match=why):
+        choices.unordered(torch.tensor(x), torch.tensor(indices), 0, again, descending=True)
+
+
+def test_ranks_have_to_fit_into_the_dtype() -> None:
+    x = torch.arange(-200.0, 200.0).clamp(min=-199).to(torch.bfloat16)
+    with pytest.raises(ValueError, match="400 ranks do not fit"):
+        choices.unordered(x, x.topk(3).indices, 0, lambda line: line.topk(3).indices, descending=True)
+
+
 def test_a_median_has_members_on_both_sides() -> None:
     """The median of 0 0 0 1 1 is the third zero in rank: of the two other zeros both go below it."""
     x = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0])
@@ -92,6 +137,7 @@ def perturbed(function: Callable[[Tensor], Tensor], x: Tensor, direction: Tensor
 
 
 PLACES = torch.full((1, 1, 2), 0.4)
+DRAWN = torch.tensor([[[0.1, 0.4, 0.8]]])
 SELECTIONS: list[tuple[str, Callable[[Tensor], Any]]] = [
     ("max", lambda x: torch.max(x, 1).values),
     ("max, kept", lambda x: x.max(dim=0, keepdim=True).values),
@@ -116,6 +162,12 @@ SELECTIONS: list[tuple[str, Callable[[Tensor], Any]]] = [
     ("adaptive 2 with indices", lambda x: F.adaptive_max_pool2d(x[None], 2, return_indices=True)[0]),
     ("adaptive 3", lambda x: F.adaptive_max_pool3d(x[None, None], (1, 2, 3))),
     ("fractional", lambda x: F.fractional_max_pool2d(x[None], 2, (2, 3), _random_samples=PLACES.to(x.dtype))),
+    ("fractional 3", lambda x: F.fractional_max_pool3d(
+        torch.stack([x, x.flip(0), x - 1])[None], 2, (1, 2, 3), _random_samples=DRAWN.to(x.dtype))),
+    ("topk unsorted", lambda x: x.topk(2, 1, sorted=False).values),
+    ("least k unsorted", lambda x: torch.topk(x, 2, 0, largest=False, sorted=False).values),
+    ("fmax", lambda x: torch.fmax(x, x.roll(1, 1))),
+    ("fmin", lambda x: torch.fmin(x.flip(0), x)),
 ]  # fmt: skip
 
 
