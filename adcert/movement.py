@@ -19,7 +19,7 @@ MOVES = frozenset(
     f"{name}Backward"
     for name in """
         Permute Transpose T Slice Select Cat Stack ConstantPadNd Flip Roll Tril Triu Diagonal DiagEmbed PixelShuffle
-        PixelUnshuffle ChannelShuffle Rot90 IndexPut Scatter
+        PixelUnshuffle ChannelShuffle Rot90 IndexPut Scatter AsStrided
     """.split()
 ) | {COPY_SLICES, "DiagonalBackward0_copy"}
 #: The same with several outputs.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import vjp, vjp_attention, vjp_kinks, vjp_moves, vjp_norms, vjp_products, vjp_smooth
+from . import vjp, vjp_attention, vjp_kinks, vjp_losses, vjp_moves, vjp_norms, vjp_products, vjp_smooth
 from .vjp import NumberedRule, Rule
 
 #: Nodes with several outputs: the rule is told of which one the gradient is.
@@ -16,4 +16,5 @@ RULES: dict[str, Rule] = {
     **vjp_attention.RULES,
     **vjp_smooth.RULES,
     **vjp_kinks.RULES,
+    **vjp_losses.RULES,
 }

@@ -117,6 +117,10 @@ def _softplus(node: Node, at: Callable[[str], Tensor]) -> Ball:
 
 def _elu(node: Node, at: Callable[[str], Tensor]) -> Ball:
     celu = kind_of(node) == "CeluBackward"
+    if celu and not isinstance(saved(node, "self"), Tensor):  # in place: e^(x / alpha) = result / alpha + 1 below 0
+        result = _result(at)
+        below = result * reciprocal(constant(float(node._saved_alpha))) + constant(1.0)
+        return Ball(torch.where(result.value > 0, 1.0, below.value), _chosen(result.value > 0, constant(1.0), below))
     x = _input(at)
     inner = reciprocal(constant(float(node._saved_alpha))) if celu else constant(float(node._saved_input_scale))
     scale = 1.0 if celu else float(node._saved_scale)

@@ -171,6 +171,7 @@ SMOOTH: dict[str, Callable[[Tensor], Tensor]] = {
     "tanhshrink": F.tanhshrink,
     "elu": F.elu,
     "celu": lambda h: F.celu(h, 2.0),
+    "celu in place": lambda h: F.celu_(h * 1.0, 2.0),
     "pow 5": lambda h: h**5,
     "reciprocal": torch.reciprocal,
     "pow -2": lambda h: h**-2,
@@ -360,7 +361,31 @@ PRODUCTS = {
     "gru": Case(TOKENS, lambda m, h: m(h)[0], lambda: nn.GRU(4, 3, batch_first=True)),  # type: ignore[misc]
 }  # fmt: skip
 
+_CLASSES = torch.tensor([[1, 0], [3, -100]])
+_SHARES = torch.tensor([1.0, 2.0, 4.0, 0.5])
+
+
+def _nll(reduction: str = "mean", weighted: bool = False) -> Callable[[Tensor], Tensor]:
+    def loss(h: Tensor) -> Tensor:
+        weight = _SHARES.to(h.dtype) if weighted else None
+        return F.nll_loss(h[:, :2].flatten(0, 1), _CLASSES.flatten(), weight, reduction=reduction)
+
+    return loss
+
+
+LOSSES = {
+    "mse": function(TOKENS, lambda h: F.mse_loss(h, torch.ones_like(h))),
+    "mse summed": function(TOKENS, lambda h: F.mse_loss(h, h.detach().flip(0), reduction="sum"), True),
+    "mse of both": function(TOKENS, lambda h: F.mse_loss(h[:1], 2 * h[1:], reduction="sum"), True),
+    "mse of each": function(TOKENS, lambda h: F.mse_loss(h, torch.ones_like(h), reduction="none"), True),
+    "nll": function(TOKENS, _nll()),
+    "nll summed, weighted": function(TOKENS, _nll("sum", True), True),
+    "nll weighted": function(TOKENS, _nll(weighted=True)),
+    "nll of each": function(TOKENS, _nll("none"), True),
+    "cross entropy": function(TOKENS, lambda h: F.cross_entropy(h[:, 0], torch.tensor([3, 0]))),
+}
+
 CASES: dict[str, Case] = {
-    **CONVOLUTIONS, **NORMALISATIONS, **ATTENTION, **ELEMENTWISE, **KINKS,
+    **CONVOLUTIONS, **NORMALISATIONS, **ATTENTION, **ELEMENTWISE, **KINKS, **LOSSES,
     **{f"move: {k}": v for k, v in MOVES.items()}, **{f"product: {k}": v for k, v in PRODUCTS.items()},
 }  # fmt: skip
