@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 
 import numpy as np
@@ -264,8 +265,9 @@ class _Along:
     def _ties(self, record: OpRecord, ties: Ties | Choice, positive: Tensor | None) -> None:
         """``positive``: of a pooling of relu(y), where its output is."""
         selected = host(ties.selected(torch.arange(record.output.numel()))).reshape(-1).clone()
-        for window, members, sign in _windows(record, ties, selected):
-            selected[window] = self._best(record, members, sign)
+        groups = list(_groups(record, ties, selected))
+        for group, best in zip(groups, self._ranked(record, groups), strict=True):
+            selected[list(group.outputs)] = best
         table = None if positive is None else Ball(self._rectified(record, positive, selected))
         none = torch.zeros(0, dtype=torch.int64)
         self.made[record] = (*selected.tolist(), *(() if table is None else table.value.tolist()))
@@ -276,33 +278,83 @@ class _Along:
         assert isinstance(record.ties, Ties)
         slopes, units = positive.to(torch.float64), record.touched()[0]
         place, windows, _ = record.ties.places(units)
+        groups = []
         for window in sorted(set(windows[~positive[windows]].tolist())):
-            unit = self._best(record, units[place[windows == window]], 1)
-            side = self._keep(self._gradients(record, torch.tensor([unit])), "touch")
-            if side[0] > 0:
-                slopes[window], selected[window] = 1.0, unit
+            members = units[place[windows == window]]
+            groups.append(Group(members, {window: len(members) - 1}))
+        if groups:
+            best = torch.cat(self._ranked(record, groups))
+            side = self._keep(self._gradients(record, best), "touch")
+            for group, unit, sign in zip(groups, best.tolist(), side.tolist(), strict=True):
+                if sign > 0:
+                    (window,) = group.outputs
+                    slopes[window], selected[window] = 1.0, unit
         return slopes
 
-    def _best(self, record: OpRecord, members: Tensor, sign: int) -> int:
-        """The member that p moves most, up or down; every other one has to stay behind it or move alike."""
-        found = self._gradients(record, members)
-        best = int((sign * (found.value @ self.p)).argmax())
-        ahead = found.map(lambda t: t[best : best + 1].expand(len(members), -1)) - found
-        other = torch.arange(len(members)) != best
-        if bool((sign * self._keep(ahead.map(lambda t: t[other]), "tie") < 0).any()):
+    def _ranked(self, record: OpRecord, groups: Sequence[Group]) -> list[Tensor]:
+        """The members of the ranks asked for, in the order in which p moves them; they have to part from all others."""
+        if not groups:
+            return []
+        units = torch.unique(torch.cat([group.members for group in groups]))
+        gradients, found, parted = self._gradients(record, units), [], []
+        for group in groups:
+            place = torch.searchsorted(units, group.members)
+            order = place[torch.argsort(gradients.value[place] @ self.p, stable=True)]
+            ranks = sorted(set(group.outputs.values()))
+            pairs = {(max(rank, k), min(rank, k)) for rank in ranks for k in range(len(order)) if k != rank}
+            parted.append(order[torch.tensor(sorted(pairs), dtype=torch.int64)])
+            found.append(units[order[list(group.outputs.values())]])
+        above, below = torch.cat(parted).unbind(1)
+        if bool((self._keep(gradients.map(lambda t: t[above]) - gradients.map(lambda t: t[below]), "tie") < 0).any()):
             raise Uncertain("members that are too close to each other along the direction")
-        return int(members[best])
+        return found
 
 
-def _windows(record: OpRecord, ties: Ties | Choice, selected: Tensor) -> Iterator[tuple[int, Tensor, int]]:
-    """Every tied window with its members, and 1 for a maximum, -1 for a minimum."""
-    owner, first, second = ties.pairs()
-    for window in ties.windows.tolist():
-        mine, chosen = owner == window, int(selected[window])
-        up = bool((first[mine] == chosen).all())
-        if ties.linked or not (up or bool((second[mine] == chosen).all())):
-            raise Uncertain(f"{record.name}: order statistics")
-        yield window, torch.cat([selected[window : window + 1], (second if up else first)[mine]]), 1 if up else -1
+@dataclass(frozen=True, eq=False)
+class Group:
+    """Tied units, and which of them outputs select: output -> rank among them, 0 for the one that is the least."""
+
+    members: Tensor
+    outputs: dict[int, int]
+
+
+def _groups(record: OpRecord, ties: Ties | Choice, selected: Tensor) -> Iterator[Group]:
+    """The tied units of every window, or of every value in a line that is sorted; ranks are AD's own choice."""
+    owner, larger, smaller = ties.pairs()
+    if not ties.linked:
+        for window in ties.windows.tolist():
+            mine, chosen = owner == window, int(selected[window])
+            if not bool(((larger[mine] == chosen) | (smaller[mine] == chosen)).all()):
+                raise Uncertain(f"{record.name}: an order of others than what is selected")
+            members = torch.unique(torch.cat([larger[mine], smaller[mine]]))
+            yield Group(members, {window: int((larger[mine] == chosen).sum())})
+        return
+    below: dict[int, set[int]] = defaultdict(set)
+    near: dict[int, set[int]] = defaultdict(set)
+    for up, down in zip(larger.tolist(), smaller.tolist(), strict=True):
+        below[up].add(down)
+        near[up].add(down)
+        near[down].add(up)
+    outputs = defaultdict(list)
+    for output, unit in enumerate(selected.tolist()):
+        outputs[unit].append(output)
+    left = set(near)
+    while left:
+        members = _reached(near, left.pop())
+        left -= members
+        ranks = {
+            output: len(_reached(below, unit)) - 1 for unit in sorted(members) for output in outputs.get(unit, ())
+        }
+        yield Group(torch.tensor(sorted(members)), ranks)
+
+
+def _reached(links: Mapping[int, set[int]], start: int) -> set[int]:
+    found, stack = {start}, [start]
+    while stack:
+        new = links.get(stack.pop(), set()) - found
+        found |= new
+        stack += new
+    return found
 
 
 def _branched(record: OpRecord, ties: Ties | Choice | None, table: Ball | None) -> Branched:

@@ -22,7 +22,7 @@ from .feasibility import Proof, decide
 from .layers import Graph, shape_of
 from .records import Node
 
-DECISIONS = 24  # touches and tied windows of a graph that is tried
+DECISIONS = 256  # touches and tied windows of a graph that is tried
 ENTRIES = 100_000  # decisions x trainable parameters of it
 UNITS = 1 << 18  # decisions x units
 DIRECTIONS = 64
