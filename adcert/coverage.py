@@ -104,7 +104,7 @@ def facts_of(graph: Graph, record: OpRecord, own: frozenset[str], bias: Bias | N
         pools(record),
         bias,
         single=single,
-        mixed=bias is not None and _mixes(graph, record, bias.run % math.prod(record.input_shape[-2:]) == 0),
+        mixed=bias is not None and _mixes(graph, record, bias.run % max(1, math.prod(record.input_shape[-2:])) == 0),
         even=record.ties is not None and record.ties.even,
         matrix=_matrix(graph, record, own),
     )

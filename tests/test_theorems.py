@@ -678,3 +678,8 @@ def test_abs_and_even_splits() -> None:
     found = adcert.analyze(Net(lambda y: y.max(1)[0]), BATCH)
     assert found.theorem == "" and theorem(found, "8").holds == "per step"
     assert found.operations[0].left == ("ties",)
+
+
+def test_an_empty_batch() -> None:
+    model = adcert.convert(nn.Sequential(nn.Linear(2, 3), nn.ReLU(), nn.Linear(3, 1)))
+    assert adcert.certify(lambda: model(torch.ones(0, 2)).sum(), model).verdict == "certified"
