@@ -315,7 +315,7 @@ def test_random_networks() -> None:
         certificate.verify()
         counts[certificate.system if certificate.verdict is CERTIFIED else "none"] += 1
         if certificate.system == "hull":
-            known = oracle.judge(network.closure, network.model).member
+            known = oracle.judge(network.closure, network.model, samples=100, budget=100).member
             assert known is not False, seed
             counts["confirmed"] += known is True
     print(dict(counts))
