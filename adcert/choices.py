@@ -6,6 +6,7 @@ in AD's order along a direction (:meth:`pairs`).
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -236,21 +237,22 @@ def ordered(x: Tensor, values: Tensor, indices: Tensor, dim: int, *, descending:
     return Choice(torch.unique(owner), owner, plus, minus, chosen, linked=True)
 
 
-def unordered(
-    x: Tensor, indices: Tensor, dim: int, again: Callable[[Tensor], Tensor], *, descending: bool
-) -> Choice:
+def unordered(x: Tensor, indices: Tensor, dim: int, again: Callable[[Tensor], Tensor], *, descending: bool) -> Choice:
     """The choice of a topk that leaves its entries in an order of the algorithm's own.
 
-    ``again(line)``: the indices it finds in a line of distinct numbers. An algorithm that compares its entries finds
-    the same for all entries in that order. If whatever the order of tied entries each output is the entry of a fixed
-    rank, the outputs are those of a sort, in other places.
+    If whatever the order of tied entries each output is an entry of a fixed rank, the outputs are those of a sort, in
+    other places. Near w tied entries may be in any weak order, so all of them are tried: ``again(line)`` is the indices
+    that the algorithm finds in a line of numbers, on which it has the same comparisons to make.
 
     Raises:
-        ValueError: if an output is not, or if the orders of a line are too many to be tried.
+        ValueError: if an output is not, if the orders of a line are too many to be tried, or on a GPU, where the
+            algorithm for one line may be another one.
     """
+    if x.is_cuda:
+        raise ValueError("an unsorted topk on a GPU")
     line = x.movedim(dim, -1)
     values, order = line.sort(-1, descending=descending)
-    place = torch.arange(x.shape[dim], device=x.device).expand_as(order)
+    place = torch.arange(x.shape[dim]).expand_as(order)
     ranks = torch.empty_like(order).scatter(-1, order, place).gather(-1, indices.movedim(dim, -1))
     for tied in torch.nonzero((values.diff(dim=-1) == 0).any(-1)).tolist():
         ranks[tuple(tied)] = _fixed_ranks(line[tuple(tied)], again, descending=descending)
@@ -272,25 +274,38 @@ def unordered(
 
 
 def _fixed_ranks(line: Tensor, again: Callable[[Tensor], Tensor], *, descending: bool) -> Tensor:
-    """The rank of every output, the same in each order of the tied entries."""
+    """The rank of every output, the same in each weak order of the tied entries."""
     groups: dict[float, list[int]] = {}
     for entry, value in enumerate(line.tolist()):
         groups.setdefault(value, []).append(entry)
-    if math.prod(math.factorial(len(group)) for group in groups.values()) > _ORDERS:
+    tied = [groups[value] for value in sorted(groups)]
+    if max(map(len, tied)) > 4 or math.prod(len(_weak_orders(len(group))) for group in tied) > _ORDERS:
         raise ValueError(f"more than {_ORDERS} orders of tied entries")
     found: Tensor | None = None
-    for parts in itertools.product(*(itertools.permutations(groups[value]) for value in sorted(groups))):
-        order = torch.tensor([entry for part in parts for entry in part], device=line.device)
-        rank = torch.empty_like(order).scatter(0, order, torch.arange(len(order), device=line.device))
-        if not torch.equal(rank, rank.to(line.dtype).long()):
-            raise ValueError(f"{len(rank)} ranks do not fit into {line.dtype}")
-        ranks = rank[again(rank.to(line.dtype))]
-        ranks = len(order) - 1 - ranks if descending else ranks
-        if found is not None and not torch.equal(ranks, found):
+    for orders in itertools.product(*(_weak_orders(len(group)) for group in tied)):
+        numbers = torch.empty(line.shape, dtype=torch.int64)
+        start = 0
+        for group, order in zip(tied, orders, strict=True):
+            numbers[group] = start + torch.tensor(order)
+            start += len(group)
+        given = numbers.to(line.dtype)
+        if not torch.equal(numbers, given.long()):
+            raise ValueError(f"{len(line)} ranks do not fit into {line.dtype}")
+        selected = numbers[again(given)]
+        in_order = numbers.sort(descending=descending).values
+        if found is None:  # the first order is total
+            found = torch.searchsorted(-in_order if descending else in_order, -selected if descending else selected)
+        if not torch.equal(in_order[found], selected):
             raise ValueError("where an entry goes depends on how ties are broken")
-        found = ranks
     assert found is not None
     return found
+
+
+@functools.cache
+def _weak_orders(count: int) -> list[tuple[int, ...]]:
+    """All ways to number so many entries from 0 on without a gap, a total one first."""
+    found = [order for order in itertools.product(range(count), repeat=count) if set(order) == {*range(max(order) + 1)}]
+    return sorted(found, key=lambda order: -max(order))
 
 
 def running(x: Tensor, values: Tensor, indices: Tensor, dim: int, *, largest: bool) -> Choice:

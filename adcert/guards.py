@@ -203,6 +203,15 @@ def _one_extreme(node: Node) -> Answer:
     return _told(((x == result).sum(dims) == 1).all())
 
 
+def _mean_of_all(node: Node) -> Answer:
+    """ATen divides the gradient of a mean by the number of predictions, also where the targets are more of them."""
+    x, target = _saved(node, "self"), _saved(node, "target")
+    if x is None or target is None:
+        return False
+    whole = torch.broadcast_shapes(x.shape, target.shape)  # type: ignore[no-untyped-call]
+    return int(node._saved_reduction) != 1 or math.prod(whole) == x.numel()
+
+
 #: The safety net: kinked operations that ran out of the records' sight.
 KINKS: dict[str, Callable[[Node], Answer]] = {
     "AbsBackward": _at(0.0),
@@ -261,6 +270,7 @@ GUARDED: dict[str, Callable[[Node], Answer]] = {
     "IndexPutBackward": moves_only,
     "ScatterBackward": moves_only,
     "AsStridedBackward": _within,
+    "MseLossBackward": _mean_of_all,
     **dict.fromkeys([f"UpsampleNearest{d}DBackward" for d in (1, 2, 3)], _nearest),
     **KINKS,
 }

@@ -54,7 +54,16 @@ def readers(node: Node, number: int) -> list[Tensor | None]:
             scale *= _BASE
     except RuntimeError as error:
         raise ValueError(f"{node.name()}: {error}") from error
-    return [None if table is None else torch.where(table >= 0, table, -1) for table in found]
+    tables = [None if table is None else torch.where(table >= 0, table, -1) for table in found]
+    if kind_of(node) in MOVES and not all(table is None or _once(table) for table in tables):
+        raise ValueError(f"{node.name()} of a tensor that overlaps itself")  # its backward takes a mean
+    return tables
+
+
+def _once(table: Tensor) -> bool:
+    """No output unit is two input units."""
+    claimed = table[table >= 0]
+    return len(torch.unique(claimed)) == len(claimed)
 
 
 def _table(ones: Tensor | None, node: Node) -> Tensor | None:

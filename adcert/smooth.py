@@ -16,7 +16,7 @@ _NAMES = """
     IndexAdd Cumsum Mean Sum Convolution Addmm Mm Bmm Baddbmm Addbmm Mv Addmv Addr Dot Vdot Linear Addcmul Lerp
     Trilinear Prod Cumprod Exp Exp2 Expm1 Tanh Sigmoid LogSigmoid Gelu Silu Mish Glu Celu Sin Cos Sinh Cosh Atan Asinh
     Erf Erfc Deg2Rad Rad2Deg NativeLayerNorm NativeGroupNorm LogSoftmax Softmax SafeSoftmax Logsumexp
-    Logcumsumexp NllLoss NllLoss2D MseLoss SoftMarginLoss BinaryCrossEntropyWithLogits Var VarMean AvgPool2D
+    Logcumsumexp NllLoss NllLoss2D SoftMarginLoss BinaryCrossEntropyWithLogits Var VarMean AvgPool2D
     AvgPool3D AvgPool1D AdaptiveAvgPool2D AdaptiveAvgPool3D MkldnnAdaptiveAvgPool2D NativeDropout UpsampleLinear1D
     UpsampleBilinear2D UpsampleBicubic2D UpsampleTrilinear3D ScaledDotProductFlashAttentionForCpu
     ScaledDotProductFlashAttention ScaledDotProductEfficientAttention ScaledDotProductCudnnAttention

@@ -61,6 +61,42 @@ def test_strides_that_leave_the_input() -> None:
     assert certify(lambda: (w[:2] * 1.0).expand(3, 2).as_strided((2,), (1,), 0).sum(), w).verdict == "certified"
 
 
+@pytest.mark.parametrize("copies", [2, 3])
+def test_strides_of_an_input_that_overlaps_itself(copies: int) -> None:
+    """Autograd hands back the mean over what lies in one place: no movement, though a sum over it looks like one."""
+    w = param([0.0])
+
+    def loss() -> Tensor:
+        h = torch.relu(w) - torch.relu(-w)
+        weights = torch.zeros(copies, dtype=torch.float64)
+        weights[-1] = 1
+        return (h.expand(copies).as_strided((copies,), (0,)) * weights).sum()
+
+    assert certify(loss, w).verdict != "certified"
+
+
+def test_an_unsorted_topk_that_jumps_at_a_lasting_tie() -> None:
+    """a is there twice, so that it ties near w as well: then nth_element takes a way that no strict order takes."""
+    w = param([0.0, 0.0])
+
+    def loss() -> Tensor:
+        a = w[0] * 1.0
+        return torch.stack([a * 0 + 3.0, a, a, w[1] * 1.0]).topk(3, 0, True, False)[0][0]
+
+    certificate = certify(loss, w)
+    assert certificate.verdict == "undecided"
+    assert "Topk" in certificate.reasons[0]
+
+
+def test_a_mean_over_more_targets_than_predictions() -> None:
+    """ATen's own operation divides by the number of predictions; F.mse_loss makes them as many as the targets."""
+    w, t = param([1.0, 2.0]), torch.zeros(3, 2, dtype=torch.float64)
+    raw = certify(lambda: torch._C._nn.mse_loss(w * 1.0, t, 1), w)
+    assert raw.verdict == "undecided"
+    assert "MseLoss" in raw.reasons[0]
+    assert certify(lambda: torch.nn.functional.mse_loss(w * 1.0, t), w).verdict == "certified"
+
+
 @pytest.mark.parametrize("by_name", [True, False])
 def test_an_embedding_that_shortens_its_rows(by_name: bool) -> None:
     """At norm 1 = max_norm the function is w on one side and a constant on the other."""
