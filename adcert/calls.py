@@ -263,23 +263,33 @@ def _extremum(largest: bool) -> Handler:
 class _Greater(torch.autograd.Function):
     """torch's own maximum or minimum of two tensors, as a function of their stack: equal to the last bit.
 
-    ``even``: where both are equal each has half of the gradient; else the first has all of it (fmax, fmin).
+    ``even``: where both are equal each has half of the gradient; else the first has all of it (fmax, fmin). What is
+    saved is what torch's own operation saves.
     """
 
     @staticmethod
-    def forward(ctx: Any, stack: Tensor, run: Callable[[], Tensor], largest: bool, even: bool) -> Tensor:
-        ctx.save_for_backward(stack)
+    def forward(
+        ctx: Any, stack: Tensor, pair: tuple[Tensor, Tensor], run: Callable[[], Tensor], largest: bool, even: bool
+    ) -> Tensor:
+        ctx.save_for_backward(*pair)
         ctx.largest, ctx.even = largest, even
         return run()
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        first, second = ctx.saved_tensors[0].unbind(0)
-        lower, upper = (first < second, first > second) if ctx.largest else (first > second, first < second)
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None, None]:
+        first, second = ctx.saved_tensors
         if ctx.even:
-            shared = torch.where(first == second, grad / 2, grad)
-            return torch.stack([shared.masked_fill(lower, 0), shared.masked_fill(upper, 0)]), None, None, None
-        return torch.stack([grad.masked_fill(lower, 0), grad.masked_fill(~lower, 0)]), None, None, None
+            masks = (first < second, first > second) if ctx.largest else (first > second, first < second)
+            both = [torch.where(first == second, grad / 2, grad).masked_fill_(mask, 0) for mask in masks]
+        else:
+            second_lost = ((first >= second) if ctx.largest else (first <= second)) | second.isnan()
+            both = [grad.masked_fill(mask, 0) for mask in (~second_lost, second_lost)]
+        # The layout decides in which order a sum over a broadcast dimension adds up.
+        shape, strides = both[0].shape, both[0].stride()
+        stack = grad.new_empty_strided((2, *shape), (both[0].numel(), *strides))
+        for half, gradient in zip(stack, both, strict=True):
+            half.copy_(gradient)
+        return stack, None, None, None, None
 
 
 def _greater(largest: bool, even: bool = True) -> Handler:
@@ -293,7 +303,7 @@ def _greater(largest: bool, even: bool = True) -> Handler:
             stack = torch.stack(torch.broadcast_tensors(*pair))  # type: ignore[no-untyped-call]
             if not recordable(stack):
                 return NotImplemented
-            run = functools.partial(_Greater.apply, stack, call.run, largest, even)
+            run = functools.partial(_Greater.apply, stack, tuple(t.detach() for t in pair), call.run, largest, even)
             if even:
                 return _even(recorder, replace(call, given={"input": stack}, run=run), (0,), largest)
 
@@ -427,11 +437,11 @@ def _fractional(spatial: int, pool: Callable[..., Any]) -> Handler:
             given["_random_samples"] = torch.rand(batch, channels, spatial, dtype=x.dtype, device=x.device)
         samples = given["_random_samples"].reshape(-1, spatial)
         kernel = _each(given["kernel_size"], spatial)
-        drawn = (1, 0) if spatial == 2 else (0, 1, 2)  # torch takes the width's sample first in two dimensions
+        sample_of = (1, 0) if spatial == 2 else (0, 1, 2)  # torch takes the width's first in two dimensions
 
         def choice(result: Any) -> Choice:
             output, indices = _with_indices(result)
-            sizes = zip(drawn, x.shape[-spatial:], output.shape[-spatial:], kernel, strict=True)
+            sizes = zip(sample_of, x.shape[-spatial:], output.shape[-spatial:], kernel, strict=True)
             axes = [_intervals(samples[:, k], size, count, cells) for k, size, count, cells in sizes]
             return choices.windowed(x, output, _planar(x, indices, spatial), axes)
 
@@ -464,6 +474,8 @@ def _rnn(recorder: Recorder, call: Call) -> Any:
         return NotImplemented
     weights = recurrent.grouped(params, bool(given["has_biases"]))
     ways = 2 if given["bidirectional"] else 1
+    if not len(weights) == ways * given["num_layers"] == len(hx):
+        return NotImplemented  # torch says why
     layers = [weights[start : start + ways] for start in range(0, len(weights), ways)]
     with torch._C.DisableTorchFunction():
         first = x.transpose(0, 1) if given["batch_first"] else x
@@ -481,7 +493,7 @@ def _rnn_cell(recorder: Recorder, call: Call) -> Any:
         return NotImplemented
     with torch._C.DisableTorchFunction():
         weights = recurrent.Weights(*tensors)  # type: ignore[arg-type]
-        return weights.step(weights.read(x), state, functools.partial(recorder.relu, name=call.name))
+        return weights.step(state, lambda: weights.read(x), functools.partial(recorder.relu, name=call.name))
 
 
 _NUMPY = {"axis": "dim", "keepdims": "keepdim"}  # torch's functions take numpy's names, too

@@ -29,9 +29,9 @@ class Weights:
         """What the input adds."""
         return F.linear(x, self.inputs, self.inputs_bias)
 
-    def step(self, added: Tensor, state: Tensor, relu: Relu) -> Tensor:
-        """The next state; ``added`` is what the input adds."""
-        return relu(F.linear(state, self.state, self.state_bias).add_(added))
+    def step(self, state: Tensor, added: Callable[[], Tensor], relu: Relu) -> Tensor:
+        """The next state; ``added()`` is what the input adds, computed after what the state does."""
+        return relu(F.linear(state, self.state, self.state_bias).add_(added()))
 
 
 def grouped(params: Sequence[Tensor], biased: bool) -> list[Weights]:
@@ -58,7 +58,7 @@ def network(
             steps = list(weights.read(x).unbind(0))
             state, seen = states[number * len(directions) + way], []
             for added in reversed(steps) if way else steps:
-                state = weights.step(added, state, relu)
+                state = weights.step(state, lambda added=added: added, relu)  # type: ignore[misc]
                 seen.append(state)
             outputs.append(torch.stack(seen[::-1] if way else seen))
             last.append(state)

@@ -106,6 +106,39 @@ def test_ranks_have_to_fit_into_the_dtype() -> None:
         choices.unordered(x, x.topk(3).indices, 0, lambda line: line.topk(3).indices, descending=True)
 
 
+def test_weak_orders() -> None:
+    """1, 3, 13 and 75 of them (Fubini), a total one first."""
+    assert [len(choices._weak_orders(n)) for n in (1, 2, 3, 4)] == [1, 3, 13, 75]
+    assert choices._weak_orders(2) == [(0, 1), (1, 0), (0, 0)]
+
+
+LAYOUTS: dict[str, Callable[[nn.Module, Any], Tensor]] = {
+    "transposed": lambda m, f: f(m.x.t(), m.b[:, None]) * m.x.t().exp(),
+    "a number": lambda m, f: f(m.x.t(), m.c) * m.x.t().exp(),
+    "channels last": lambda m, f: f(m.i.to(memory_format=torch.channels_last), m.b[:5, None, None]).sin(),
+    "not a number": lambda m, f: f(m.x.where(m.x > 0, torch.nan), m.b),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("function", [torch.maximum, torch.minimum, torch.fmax, torch.fmin])
+def test_two_tensors_of_several_layouts(layout: str, function: Any) -> None:
+    """A sum over a broadcast dimension adds up in the order of the layout: gradients are torch's, bit for bit."""
+    torch.manual_seed(0)
+    model = nn.Module()
+    for name, shape in {"x": (37, 53), "b": (53,), "c": (), "i": (4, 5, 17, 19)}.items():
+        model.register_parameter(name, nn.Parameter(torch.randn(shape)))
+    LAYOUTS[layout](model, function).sum().backward()
+    plain = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    certify(lambda: LAYOUTS[layout](model, function).sum(), model)
+    assert plain and all(
+        torch.equal(p.grad.nan_to_num(7.0), plain[name].nan_to_num(7.0))  # type: ignore[union-attr]
+        for name, p in model.named_parameters()
+        if name in plain
+    )
+
+
 def test_a_median_has_members_on_both_sides() -> None:
     """The median of 0 0 0 1 1 is the third zero in rank: of the two other zeros both go below it."""
     x = torch.tensor([0.0, 1.0, 0.0, 1.0, 0.0])

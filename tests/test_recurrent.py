@@ -71,6 +71,28 @@ def test_cells(bias: bool) -> None:
     assert certificate.verdict is Verdict.CERTIFIED, certificate.reasons
 
 
+def test_a_cell_of_one_weight_and_one_tensor() -> None:
+    """The gradients of both uses add up in torch's order."""
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = nn.RNNCell(4, 4, nonlinearity="relu")
+        model.weight_hh = model.weight_ih
+        x = torch.randn(6, 4, requires_grad=True)
+
+        def loss(model: nn.Module = model, x: Tensor = x) -> Tensor:
+            h = x.sin()
+            return (model(h, h) * h.exp()).sum()
+
+        same(model, x, loss)
+
+
+def test_wrong_arguments_are_torchs_to_refuse() -> None:
+    model = nn.RNN(3, 2, nonlinearity="relu")
+    x, h = torch.randn(4, 5, 3), torch.zeros(2, 5, 2)
+    with pytest.raises(RuntimeError):
+        certify(lambda: torch.rnn_relu(x, h, model._flat_weights, True, 2, 0.0, True, False, False)[0].sum(), model)
+
+
 def test_without_a_batch_and_with_an_initial_state() -> None:
     torch.manual_seed(0)
     model, h = nn.RNN(3, 2, nonlinearity="relu"), torch.randn(1, 2, requires_grad=True)
