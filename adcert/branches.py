@@ -70,7 +70,6 @@ class Element:
 
     gradient: Array
     rows: Array
-    radius: Array | None
     rules: tuple[str, ...]
     direction: tuple[int, ...]
 
@@ -141,14 +140,11 @@ class Program:
             return None
         nothing = torch.zeros(0, self.width, dtype=torch.float64)
         rows = torch.cat([nothing, *(row.value for row in walk.rows)]).numpy()
-        radii = [torch.zeros_like(row.value) if row.radius is None else row.radius for row in walk.rows]
-        radius = torch.cat([nothing, *radii]).numpy()
-        if radius.any():  # such rows may hold by margins that no evaluation near w confirms
-            raise Uncertain("rows that are rounded")
-        element = Element(gradient, rows, radius if radius.any() else None, tuple(walk.rules), p)
-        if not check_direction(rows, p, None, element.radius):
+        if any(row.radius is not None and bool(row.radius.any()) for row in walk.rows):
+            raise Uncertain("rows that are rounded")  # they may hold by margins that no evaluation near w confirms
+        if not check_direction(rows, p, None, None):
             raise Uncertain("the direction does not make every row positive")
-        return element
+        return Element(gradient, rows, tuple(walk.rules), p)
 
 
 class _Walk(Pass):
@@ -302,7 +298,7 @@ class _Along:
             order = place[torch.argsort(gradients.value[place] @ self.p, stable=True)]
             ranks = sorted(set(group.outputs.values()))
             pairs = {(max(rank, k), min(rank, k)) for rank in ranks for k in range(len(order)) if k != rank}
-            parted.append(order[torch.tensor(sorted(pairs), dtype=torch.int64)])
+            parted.append(order[torch.tensor(sorted(pairs), dtype=torch.int64).reshape(-1, 2)])
             found.append(units[order[list(group.outputs.values())]])
         above, below = torch.cat(parted).unbind(1)
         if bool((self._keep(gradients.map(lambda t: t[above]) - gradients.map(lambda t: t[below]), "tie") < 0).any()):

@@ -43,7 +43,7 @@ class Hull:
     def blocks(self, layer: str) -> tuple[Block, ...]:
         """One block for each element."""
         return tuple(
-            Block(layer, 1, self.columns, e.rows, None, e.radius, e.rules, e.direction, None, "sampled")
+            Block(layer, 1, self.columns, e.rows, None, None, e.rules, e.direction, None, "sampled")
             for e in self.elements
         )
 
@@ -145,7 +145,7 @@ def _centred(element: Element) -> Element:
     """With a direction that is as far from the kinks as it gets, if there is one at hand: it is easier to follow."""
     if not len(element.rows):
         return element
-    found = decide(element.rows, None, element.radius, seconds=0.1).direction
+    found = decide(element.rows, seconds=0.1).direction
     return element if found is None else replace(element, direction=found)
 
 

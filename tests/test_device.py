@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adcert
-from adcert import Monitor, Verdict, analysis, certify
+from adcert import Monitor, Verdict, analysis, certify, hull
 from adcert.audit import ANALYTIC, GUARDED
 from adcert.gallery import ROWS, Row
 from adcert.lists import LEAST
@@ -77,7 +77,8 @@ def test_rounded_rows_come_from_the_host(gpu: Place) -> None:
 
 
 @pytest.mark.parametrize("strict", [False, True])
-def test_random_networks(gpu: Place, strict: bool) -> None:
+def test_random_networks(gpu: Place, strict: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hull, "SECONDS", 60.0)  # as long as it takes, on either
     for seed in range(40):
         network = random_network(seed)
         expected = certify(network.closure, adcert.convert(network.model), strict=strict)

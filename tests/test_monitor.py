@@ -210,11 +210,11 @@ def test_weight_tying_along_the_depth_has_no_layers() -> None:
 @pytest.mark.parametrize(
     ("function", "name"),
     [
-        (lambda z: torch.maximum(z.sum(), z.sum()), "maximum"),
+        (lambda z: (z - z).median(), "median"),
         (lambda z: F.hardshrink(z - z + 0.5), "hardshrink"),
         (lambda z: F.threshold(z, 1.0, 2.0), "threshold"),
         (lambda z: torch.clamp(z - z, min=torch.zeros(2, dtype=z.dtype)), "clamp"),
-        (lambda z: z.topk(2, sorted=False).values, "topk"),
+        (lambda z: torch.aminmax(z - z, dim=0).max, "aminmax"),
         (lambda z: z.norm(p=1), "norm"),
     ],
 )

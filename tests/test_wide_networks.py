@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from wide_networks import KINDS, MAX_PARAMETERS, WideNetwork, wide_network
+from wide_networks import KINDS, MAX_PARAMETERS, WideNetwork, first_draw, wide_network
 from wide_oracle import Point, hull_distance, sample, witness
 from wide_parts import ACTIVATIONS, POOLINGS, SELECTIONS, Call, build
 
-# Labels, parameters, inputs and weights of networks 0..99, in multiples of 2^-10.
-DIGEST = "ea06508742270a92a553fa36a557756ca2653671b24b487e3955f101a9928747"
+# Labels, parameters, inputs and weights of the first draws of networks 0..99, in multiples of 2^-10. Whether one is
+# drawn again depends on how this processor rounds.
+DIGEST = "18f81c944ac65f0605f963ddd198b9cdb2a76a760d707fd977b542e0cc5e570f"
 SEEDS = range(4 * len(KINDS))
 
 
@@ -23,10 +24,10 @@ def networks() -> list[WideNetwork]:
     return [wide_network(seed) for seed in SEEDS]
 
 
-def test_digest_of_first_hundred() -> None:
+def test_digest_of_first_draws() -> None:
     digest = hashlib.sha256()
     for seed in range(100):
-        network = wide_network(seed)
+        network = first_draw(seed)
         digest.update(" ".join((*sorted(network.labels), network.loss)).encode())
         state = [t for _, t in sorted(network.model.state_dict().items())]
         for tensor in (*state, *(t for pair in network.batches for t in pair)):

@@ -10,7 +10,7 @@ values and inputs exactly on kinks are frequent on purpose. A network bears the 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -116,16 +116,28 @@ def wide_network(seed: int) -> WideNetwork:
     >>> wide_network(7).batches[0][0].equal(wide_network(7).batches[0][0])
     True
     """
+    draws = _draws(seed)
+    for attempt, (source, network) in enumerate(draws, 1):
+        if not _is_blurred(network) and (attempt >= ATTEMPTS or not _is_flat(source, network)):
+            draws.close()
+            return network
+    raise AssertionError("draws do not end")
+
+
+def first_draw(seed: int) -> WideNetwork:
+    """What is drawn first, before anybody asks how its values round."""
+    draws = _draws(seed)
+    network = next(draws)[1]
+    draws.close()
+    return network
+
+
+def _draws(seed: int) -> Generator[tuple[Source, WideNetwork]]:
     source = Source(seed + 10_000_000)
-    focus = KINDS[seed % len(KINDS)]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        attempts = 0
         while True:
-            network = _draw(source, seed, focus)
-            attempts += 1
-            if not _is_blurred(network) and (attempts >= ATTEMPTS or not _is_flat(source, network)):
-                return network
+            yield source, _draw(source, seed, KINDS[seed % len(KINDS)])
 
 
 def _draw(source: Source, seed: int, focus: str) -> WideNetwork:
