@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import os
 import time
-from collections import Counter, defaultdict, deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
@@ -24,7 +24,9 @@ from .errors import AdcertError, UncertifiedError
 from .gradients import examine
 from .lists import Rooms
 from .records import Recorder
+from .sampling import drawn
 from .systems import Memory
+from .totals import COUNTS, Report, Totals
 from .watch import Watch
 from .worker import Bounds, Desk
 
@@ -35,14 +37,17 @@ _QUEUE_BYTES = 256 << 20  # of rows that wait for the worker
 class Step:
     """One monitored step. ``summary`` and :meth:`certificate` are there once the ``with`` block has ended.
 
-    They are made on the monitor's worker thread; asking for them waits for it.
+    They are made on the monitor's worker thread; asking for them waits for it. ``skipped``: why the step is not
+    certified, or "": ``Monitor(every=...)`` has drawn another one of its window.
     """
 
-    def __init__(self, number: int, model: torch.nn.Module, names: dict[int, str], strict: bool, rooms: Rooms) -> None:
+    def __init__(self, number: int, analysis: StepAnalysis | None, recorder: Recorder, skipped: str = "") -> None:
         self.number = number
-        self._analysis: StepAnalysis | None = StepAnalysis(model, strict)
-        self._recorder = Recorder(names, rooms)
-        self._watch: Watch | None = Watch(self._recorder, self._on_root)
+        self.skipped = skipped
+        self._analysis = analysis
+        self._recorder = recorder
+        self._watch = None if analysis is None else Watch(recorder, self._on_root)
+        self._ended = False
         self._began = time.perf_counter()
         self._wait: Callable[[Callable[[], bool]], None] | None = None
         self._certificate: Certificate | None = None
@@ -50,7 +55,7 @@ class Step:
 
     def loss(self, loss: Tensor) -> Tensor:
         """Name a root explicitly, before its backward pass runs out of sight (in C++, say). Returns the loss."""
-        if self._analysis is None:
+        if self._ended:
             raise AdcertError("step.loss(...) was called after the step had ended")
         self._on_root([loss], None, True)
         return loss
@@ -59,8 +64,11 @@ class Step:
         """The step's certificate; waits until it is made.
 
         Raises:
-            AdcertError: inside the step's ``with`` block, or if the block was left by an exception.
+            AdcertError: inside the step's ``with`` block, if the block was left by an exception, or if the step was
+                skipped.
         """
+        if self.skipped:
+            raise AdcertError(f"step {self.number} has no certificate: {self.skipped}")
         if self._wait is not None and self._certificate is None:
             self._wait(lambda: self._certificate is not None)
         if self._certificate is None:
@@ -69,7 +77,10 @@ class Step:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """The step's line of the log (:func:`summarize`); waits until it is made. Empty before the block has ended."""
+        """The step's line of the log (:func:`summarize`); waits until it is made.
+
+        Empty before the block has ended, and for a step that was skipped.
+        """
         if self._wait is not None:
             self.certificate()
         return self._summary
@@ -92,9 +103,12 @@ class Step:
 
     @contextmanager
     def _running(self) -> Iterator[None]:
-        assert self._watch is not None
-        with records.recording(self._recorder), self._watch:
-            yield
+        if self._watch is None:
+            with records.recording(None):
+                yield
+        else:
+            with records.recording(self._recorder), self._watch:
+                yield
 
     def _observed(self) -> Observed:
         """What the worker needs; lets go of everything else."""
@@ -120,6 +134,7 @@ class Step:
 
     def _release(self) -> None:
         """Nothing of the step's graph outlives the step."""
+        self._ended = True
         self._recorder.clear()
         if self._watch is not None:
             self._watch.forget()
@@ -133,8 +148,9 @@ def summarize(number: int, certificate: Certificate) -> dict[str, Any]:
     the forward pass; of rows, ``partial`` went into the partial backward engine and ``joint`` into the joint system;
     ``solve`` on the worker.
     """
-    counts = ("windows", "ties", "touches", "differing", "rows", "blocks", "exemptions")
-    layers = [{"name": layer.name, **{key: getattr(layer, key) for key in counts}} for layer in certificate.layers]
+    counts = (*COUNTS, "blocks")
+    kept = (*counts, "exemptions")
+    layers = [{"name": layer.name, **{key: getattr(layer, key) for key in kept}} for layer in certificate.layers]
     exemptions: Counter[str] = Counter()
     for layer in certificate.layers:
         exemptions.update(layer.exemptions)
@@ -145,35 +161,12 @@ def summarize(number: int, certificate: Certificate) -> dict[str, Any]:
         "system": certificate.system,
         "claim": certificate.claim,
         "theorem": certificate.theorem,
-        **{key: sum(layer[key] for layer in layers) for key in counts[:-1]},
+        **{key: sum(layer[key] for layer in layers) for key in counts},
         "exemptions": dict(exemptions),
         "seconds": {key: round(value, 6) for key, value in certificate.seconds.items()},
         "assumptions": list(certificate.assumptions),
         "layers": layers,
     }
-
-
-@dataclass(frozen=True)
-class Report:
-    """Totals of a run; also the last line of its log.
-
-    ``reasons``: reason -> number of steps that gave it; ``theorems``: theorem -> certified steps that rest on it.
-    """
-
-    steps: int = 0
-    certified: int = 0
-    uncertified: int = 0
-    undecided: int = 0
-    aborted: int = 0
-    windows: int = 0
-    ties: int = 0
-    touches: int = 0
-    differing: int = 0
-    rows: int = 0
-    seconds: dict[str, float] = field(default_factory=dict)
-    reasons: dict[str, int] = field(default_factory=dict)
-    theorems: dict[str, int] = field(default_factory=dict)
-    layers: dict[str, dict[str, int]] = field(default_factory=dict)
 
 
 class Monitor:
@@ -189,6 +182,9 @@ class Monitor:
         queue: how many steps may wait for the worker thread that decides their systems, proves the answers and writes
             the log; a step that finds the queue full waits (and so it does while more than 256 MiB are waiting).
             0: no thread, each step is concluded when its block ends.
+        every: certify one step of each ``every`` consecutive ones, drawn uniformly (:func:`adcert.sampling.drawn`);
+            the others run as if there was no monitor. The random state of the program is not used.
+        seed: of that draw; the same one gives the same steps.
 
     Raises:
         AdcertError: for arguments it does not know.
@@ -212,6 +208,8 @@ class Monitor:
         *,
         keep: int = 16,
         queue: int = 8,
+        every: int = 1,
+        seed: int = 0,
     ) -> None:
         if on_fail == "repair":
             raise AdcertError('on_fail="repair" is not built yet; use "record" or "raise"')
@@ -221,18 +219,20 @@ class Monitor:
             raise AdcertError(f"Monitor needs the torch.nn.Module that is trained, got {type(model).__name__}")
         if isinstance(queue, bool) or not isinstance(queue, int) or queue < 0:
             raise AdcertError(f"queue is the number of steps that may wait, an int >= 0, got {queue!r}")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise AdcertError(f"every is the number of steps of which one is certified, an int >= 1, got {every!r}")
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise AdcertError(f"seed, of the draw of the steps that are certified, is an int, got {seed!r}")
         self.model = model
         self.on_fail = on_fail
         self.strict = strict
+        self.every = every
+        self.seed = seed
         self.certificates: deque[Certificate] = deque(maxlen=keep)
         self._path = None if log is None else Path(log)
         self._log: TextIO | None = None
         self._log_error: OSError | None = None
-        self._totals: Counter[str] = Counter()
-        self._seconds: dict[str, float] = defaultdict(float)
-        self._reasons: Counter[str] = Counter()
-        self._theorems: Counter[str] = Counter()
-        self._layers: dict[str, Counter[str]] = {}
+        self._totals = Totals()
         self._memory = Memory()
         self._rooms = Rooms()
         self._desk: Desk[tuple[Step, Observed]] = Desk(self._conclude, self._lost, Bounds(queue, _QUEUE_BYTES))
@@ -278,24 +278,27 @@ class Monitor:
     def step(self) -> Iterator[Step]:
         """Monitor one step: everything the model computes in the block, and every backward pass of it.
 
+        With ``every`` > 1 a step that is not drawn runs without being watched; the one it gives says so (``skipped``).
+
         Raises:
             AdcertError: if a step is already running on this thread, or a CUDA graph is being captured.
             UncertifiedError: with ``on_fail="raise"``, if the step is not certified.
         """
-        if records.active() is not None:
+        if records.running():
             raise AdcertError("a monitored step is already running on this thread: steps do not nest")
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             raise AdcertError("a CUDA graph is being captured: its replays would run no analysis")
-        names = {id(module): name for name, module in self.model.named_modules()}
-        step = Step(self._totals["steps"] + 1, self.model, names, self.strict, self._rooms)
-        self._totals["steps"] += 1
+        step = self._next()
         try:
             with step._running():
                 yield step
         except BaseException:
-            self._totals["aborted"] += 1
+            self._totals.aborted += not step.skipped
             step._release()
             raise
+        if step.skipped:
+            step._release()
+            return
         observed = step._observed()
         step._wait = self._desk.wait
         self._desk.submit((step, observed), observed.nbytes)
@@ -304,6 +307,17 @@ class Monitor:
             raise UncertifiedError(
                 f"step {step.number} is {certificate.verdict.value}: " + "; ".join(certificate.reasons)
             )
+
+    def _next(self) -> Step:
+        self._totals.steps += 1
+        number = self._totals.steps
+        chosen = drawn(number, self.every, self.seed)
+        if number != chosen:
+            why = f"with every={self.every} one step of {self.every} is certified, in its window step {chosen}"
+            return Step(number, None, Recorder({}, self._rooms), why)
+        self._totals.sampled += 1
+        names = {id(module): name for name, module in self.model.named_modules()}
+        return Step(number, StepAnalysis(self.model, self.strict), Recorder(names, self._rooms))
 
     def _conclude(self, job: tuple[Step, Observed]) -> None:
         step, observed = job
@@ -319,19 +333,9 @@ class Monitor:
     def _account(self, step: Step, certificate: Certificate) -> None:
         step._deliver(certificate)
         summary = step._summary
+        summary["every"] = self.every
         self.certificates.append(certificate)
-        self._totals[certificate.verdict.value] += 1
-        for key in ("windows", "ties", "touches", "differing", "rows"):
-            self._totals[key] += summary[key]
-        for stage, seconds in summary["seconds"].items():
-            self._seconds[stage] += seconds
-        self._reasons.update(summary["reasons"])
-        self._theorems.update([summary["theorem"]] if summary["theorem"] else [])
-        for layer in summary["layers"]:
-            total = self._layers.setdefault(layer["name"], Counter())
-            for key in ("windows", "ties", "touches", "differing", "rows"):
-                total[key] += layer[key]
-            total["steps_differing"] += layer["differing"] > 0
+        self._totals.add(summary)
         if self._log is not None:
             try:
                 self._write(summary)
@@ -344,32 +348,9 @@ class Monitor:
         self._log.flush()
 
     def report(self) -> Report:
-        """Totals of all steps so far; waits for their verdicts.
-
-        ``layers``: per layer the totals, and in how many steps S_j \\ T_j was nonempty somewhere.
-        """
+        """Totals of all steps so far; waits for their verdicts."""
         self._desk.flush()
-        names = (
-            "steps",
-            "certified",
-            "uncertified",
-            "undecided",
-            "aborted",
-            "windows",
-            "ties",
-            "touches",
-            "differing",
-            "rows",
-        )
-        totals = {name: int(self._totals[name]) for name in names}
-        layers = {name: dict(total) for name, total in self._layers.items()}
-        return Report(
-            **totals,
-            seconds=dict(self._seconds),
-            reasons=dict(self._reasons),
-            theorems=dict(self._theorems),
-            layers=layers,
-        )
+        return self._totals.report(self.every)
 
 
 def certify(closure: Callable[[], Tensor], model: torch.nn.Module, strict: bool = False) -> Certificate:

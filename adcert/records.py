@@ -411,11 +411,18 @@ def active() -> Recorder | None:
     return recorder
 
 
+def running() -> bool:
+    """Is a step running on this thread, recorded or not?"""
+    return bool(getattr(_state, "running", False))
+
+
 @contextlib.contextmanager
-def recording(recorder: Recorder) -> Iterator[Recorder]:
-    """Make ``recorder`` the active one of this thread; the caller has checked that none is."""
-    _state.recorder = recorder
+def recording(recorder: Recorder | None) -> Iterator[Recorder | None]:
+    """Make ``recorder``, None for a step that is not recorded, the one of this thread; the caller has checked that no
+    step is running.
+    """
+    _state.recorder, _state.running = recorder, True
     try:
         yield recorder
     finally:
-        _state.recorder = None
+        _state.recorder, _state.running = None, False

@@ -183,7 +183,7 @@ def _look(model: torch.nn.Module, example: Any, loss: Callable[[Any], Tensor] | 
     """The recorded graph of one forward pass of a converted copy; the model and the random state stay as they are."""
     if not isinstance(model, torch.nn.Module):
         raise AdcertError(f"analyze needs a torch.nn.Module, got {type(model).__name__}")
-    if records.active() is not None:
+    if records.running():
         raise AdcertError("a monitored step is running on this thread: analyze before it, or after")
     try:
         clone = copy.deepcopy(model)

@@ -161,6 +161,18 @@ def test_check_exits_by_the_verdicts() -> None:
     assert result.exit_code == (0 if report["certified"] == report["steps"] else 1)
 
 
+def test_one_step_of_three(tmp_path: Path) -> None:
+    log, folder = tmp_path / "run.jsonl", tmp_path / "certificates"
+    found = trained("--every", "3", "--log", str(log), "--certificates", str(folder))
+    report = found["report"]
+    assert (report["steps"], report["sampled"], report["estimates"]["certified"]) == (3, 1, 3 * report["certified"])
+    number = json.loads(log.read_text().splitlines()[0])["step"]
+    assert [file.name for file in folder.iterdir()] == [f"step-{number:06d}.adcert"]
+    assert found["weights_sha256"] == trained("--plain")["weights_sha256"]
+    assert "not drawn" in invoke(*TINY, "--every", "3", "--check").stdout
+    assert invoke(*TINY, "--every", "1000", "--check").exit_code == 1  # nothing was drawn, nothing is certified
+
+
 class Same(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.maximum(x, x.clone())

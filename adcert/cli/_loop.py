@@ -29,7 +29,8 @@ COUNTS = ("windows", "ties", "touches", "differing", "rows", "blocks")
 @dataclass(frozen=True)
 class Job:
     """What to train. Of `epochs` and `steps` the one that ends first counts, without either one epoch;
-    `plain` trains stock modules without a monitor; `size`: pixels a side, None for what suits model and data.
+    `plain` trains stock modules without a monitor; `size`: pixels a side, None for what suits model and data;
+    `every`: of how many steps one is certified.
     """
 
     model: str = "resnet18"
@@ -45,6 +46,7 @@ class Job:
     only_failed: bool = False
     device: str = "cpu"
     size: int | None = None
+    every: int = 1
 
     @property
     def pixels(self) -> int:
@@ -55,8 +57,8 @@ class Job:
 
 @dataclass(frozen=True)
 class StepResult:
-    """One step. `seconds`: wall clock of the whole step; `summary`: the monitor's record, None if plain;
-    `test_accuracy`: measured at the end of an epoch and of the run, else None.
+    """One step. `seconds`: wall clock of the whole step; `summary`: the monitor's record, None if plain and empty
+    if the step was not drawn; `test_accuracy`: measured at the end of an epoch and of the run, else None.
     """
 
     step: int
@@ -68,8 +70,8 @@ class StepResult:
 
     @property
     def verdict(self) -> str:
-        """The step's verdict, "plain" without a monitor."""
-        return self.summary["verdict"] if self.summary else "plain"
+        """The step's verdict, "skipped" if it was not drawn, "plain" without a monitor."""
+        return "plain" if self.summary is None else self.summary.get("verdict", "skipped")
 
     @property
     def analysis(self) -> float:
@@ -167,7 +169,7 @@ def run(job: Job, on_step: Callable[[Outcome, StepResult], None]) -> Outcome:
         model = convert(model)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, planned)
-    monitor = None if job.plain else Monitor(model, log=job.log, strict=job.strict)
+    monitor = None if job.plain else Monitor(model, log=job.log, strict=job.strict, every=job.every, seed=job.seed)
     trained: deque[tuple[Step | None, StepResult]] = deque()
     with monitor or nullcontext():
         try:
@@ -219,9 +221,9 @@ def _show(
     job = outcome.job
     if step is not None:
         result = dataclasses.replace(result, summary=step.summary)
-        certificate = step.certificate()
-        if job.certificates is not None and not (job.only_failed and certificate.verdict is Verdict.CERTIFIED):
-            certificate.save(job.certificates / f"step-{result.step:06d}.adcert")
+        failed = result.verdict not in (Verdict.CERTIFIED, "skipped")
+        if job.certificates is not None and not step.skipped and (failed or not job.only_failed):
+            step.certificate().save(job.certificates / f"step-{result.step:06d}.adcert")
     outcome.results.append(result)
     for layer in result.summary["layers"] if result.summary else ():
         outcome.layers.setdefault(layer["name"], LayerTotals()).add(layer)

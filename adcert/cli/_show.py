@@ -150,10 +150,12 @@ def _show_verdicts(console: Console, outcome: Outcome) -> None:
     system = "the paper's Algorithm 1" if outcome.job.strict else "Algorithm 1 sharpened (lexicographic)"
     table = Table("verdict", "steps", "share", title="verdicts", caption=system, box=SIMPLE_HEAD)
     for verdict in ("certified", "uncertified", "undecided"):
-        share = f"{report[verdict] / report['steps']:.1%}" if report["steps"] else "-"
+        share = f"{report[verdict] / report['sampled']:.1%}" if report["sampled"] else "-"
         table.add_row(styled(verdict), str(report[verdict]), share)
     for theorem, steps in report["theorems"].items():
         table.add_row(f"  by {theorem}", str(steps), "")
+    if report["every"] > 1:
+        table.add_row("not drawn", str(report["steps"] - report["sampled"]), "")
     if report.get("aborted"):
         table.add_row("aborted", str(report["aborted"]), "")
     console.print(table)
