@@ -6,7 +6,7 @@ forward pass: there the lists get room beforehand, and how much of it was used i
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -39,6 +39,14 @@ class Rooms:
 
     def saw(self, name: str, found: int) -> None:
         self._most[name] = max(found, self._most.get(name, 0))
+
+    def state(self) -> dict[str, int]:
+        """What was learned, as plain numbers."""
+        return dict(self._most)
+
+    def restore(self, state: Mapping[str, int]) -> None:
+        """A resumed step finds as much room as it would have found."""
+        self._most = dict(state)
 
 
 class Coming:

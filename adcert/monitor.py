@@ -2,29 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
-from pathlib import Path
 from types import TracebackType
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import records
+from . import records, state
 from .analysis import StepAnalysis
 from .certificate import Certificate, Verdict
 from .conclusion import Observed, conclude, failed
 from .errors import AdcertError, UncertifiedError
 from .gradients import examine
 from .lists import Rooms
+from .log import Log
 from .records import Recorder
-from .sampling import drawn
+from .sampling import count_drawn, drawn
 from .systems import Memory
 from .totals import COUNTS, Report, Totals
 from .watch import Watch
@@ -229,8 +228,7 @@ class Monitor:
         self.every = every
         self.seed = seed
         self.certificates: deque[Certificate] = deque(maxlen=keep)
-        self._path = None if log is None else Path(log)
-        self._log: TextIO | None = None
+        self._log = None if log is None else Log(log)
         self._log_error: OSError | None = None
         self._totals = Totals()
         self._memory = Memory()
@@ -238,11 +236,8 @@ class Monitor:
         self._desk: Desk[tuple[Step, Observed]] = Desk(self._conclude, self._lost, Bounds(queue, _QUEUE_BYTES))
 
     def __enter__(self) -> Monitor:
-        if self._path is not None and self._log is None:
-            try:
-                self._log = self._path.open("a", encoding="utf-8")
-            except OSError as error:
-                raise AdcertError(f"cannot write the log {self._path}: {error}") from error
+        if self._log is not None:
+            self._log.open()
         return self
 
     def __exit__(
@@ -259,20 +254,23 @@ class Monitor:
         self._desk.flush()
         if self._log_error is not None:
             error, self._log_error = self._log_error, None
-            raise AdcertError(f"cannot write the log {self._path}: {error}") from error
+            assert self._log is not None
+            raise AdcertError(f"cannot write the log {self._log.path}: {error}") from error
 
     def close(self) -> None:
-        """:meth:`flush`, write the report as the last line of the log and close it. A second call does nothing.
+        """:meth:`flush`, write the report as the last line of the log, if there was a step, and close it.
+
+        A second call does nothing.
 
         Nor does a call in a forked process: the steps and the log are the parent's.
         """
         if self._desk.foreign():
             return
         self.flush()
-        if self._log is not None:
-            self._write({"report": asdict(self.report())})
+        if self._log is not None and self._log.is_open:
+            if self._totals.steps:
+                self._log.write({"report": asdict(self.report())})
             self._log.close()
-            self._log = None
 
     @contextmanager
     def step(self) -> Iterator[Step]:
@@ -292,14 +290,14 @@ class Monitor:
         try:
             with step._running():
                 yield step
+            observed = None if step.skipped else step._observed()
         except BaseException:
             self._totals.aborted += not step.skipped
             step._release()
             raise
-        if step.skipped:
+        if observed is None:
             step._release()
             return
-        observed = step._observed()
         step._wait = self._desk.wait
         self._desk.submit((step, observed), observed.nbytes)
         if self.on_fail == "raise" and step.certificate().verdict is not Verdict.CERTIFIED:
@@ -336,21 +334,78 @@ class Monitor:
         summary["every"] = self.every
         self.certificates.append(certificate)
         self._totals.add(summary)
-        if self._log is not None:
+        if self._log is not None and self._log.is_open:
             try:
-                self._write(summary)
+                self._log.write(summary)
             except OSError as error:
                 self._log_error = error
-
-    def _write(self, line: dict[str, Any]) -> None:
-        assert self._log is not None
-        self._log.write(json.dumps(line) + "\n")
-        self._log.flush()
 
     def report(self) -> Report:
         """Totals of all steps so far; waits for their verdicts."""
         self._desk.flush()
         return self._totals.report(self.every)
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed job needs to go on with the totals, the draw of the steps and the log; waits for all verdicts.
+
+        Numbers, strings, dicts and None only. Save it together with the model's and the optimiser's, between two steps.
+
+        Raises:
+            AdcertError: while a step is running, or if a line of the log could not be written.
+
+        Example:
+            >>> import torch, adcert
+            >>> model = torch.nn.Linear(1, 1)
+            >>> monitor, resumed = adcert.Monitor(model), adcert.Monitor(model)
+            >>> with monitor.step():
+            ...     model(torch.ones(1, 1)).sum().backward()
+            >>> resumed.load_state_dict(monitor.state_dict())
+            >>> resumed.report() == monitor.report()
+            True
+        """
+        if records.running():
+            raise AdcertError("a step is running: take the monitor's state between two steps")
+        self.flush()
+        return {
+            "format": state.FORMAT,
+            "version": state.VERSION,
+            **self._options(),
+            "totals": self._totals.state(),
+            "rooms": self._rooms.state(),
+            "log": None if self._log is None else self._log.state(),
+        }
+
+    def load_state_dict(self, saved: Mapping[str, Any]) -> None:
+        """Go on where :meth:`state_dict` was taken. Nothing changes if it raises.
+
+        The log must be the one of the saved job. What it holds beyond the state, lines of steps that the killed job did
+        afterwards and will be done again, moves to ``LOG.superseded``, so that lines and totals agree. A monitor with a
+        log that goes on from a state without one begins it with a line ``{"resumed": totals so far}``. Verdicts and
+        counts are those of a job that was not killed; a witness may be another one, where an earlier step's was tried.
+
+        Args:
+            saved: by a monitor with the same ``every``, ``seed`` and ``strict``.
+
+        Raises:
+            AdcertError: if the state is damaged, of something else or of another version; if options differ; if steps
+                were monitored already; if the log is not the one that belongs to the state.
+        """
+        if self._totals.steps:
+            raise AdcertError("this monitor has seen steps already: load the state into a new one, before the first")
+        found = state.opened(saved, self._options(), ("totals", "rooms", "log"))
+        totals = Totals.restored(found["totals"])
+        if totals.sampled != count_drawn(totals.steps, self.every, self.seed):
+            raise state.damaged(f"{totals.sampled} of {totals.steps} steps were not what every={self.every} draws")
+        rooms = state.counts(found["rooms"], "rooms")
+        if self._log is not None and found["log"] is not None:
+            self._log.resume(found["log"], totals.steps)
+        elif self._log is not None:
+            self._log.begin({"resumed": asdict(totals.report(self.every))})
+        self._totals = totals
+        self._rooms.restore(rooms)
+
+    def _options(self) -> dict[str, Any]:
+        return {"strict": self.strict, "every": self.every, "seed": self.seed}
 
 
 def certify(closure: Callable[[], Tensor], model: torch.nn.Module, strict: bool = False) -> Certificate:

@@ -6,8 +6,12 @@ from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
+from .errors import AdcertError
+from .state import count, counts, damaged, fields
+
 COUNTS = ("windows", "ties", "touches", "differing", "rows")
 VERDICTS = ("certified", "uncertified", "undecided")
+_STATE = ("steps", "sampled", "aborted", "counts", "seconds", "reasons", "theorems", "layers")
 
 
 @dataclass(frozen=True)
@@ -79,3 +83,60 @@ class Totals:
             theorems=dict(self._theorems),
             layers={name: dict(total) for name, total in self._layers.items()},
         )
+
+    def state(self) -> dict[str, Any]:
+        """As plain numbers; the worker must be idle.
+
+        Raises:
+            AdcertError: if a step is running.
+        """
+        if self._verdicts() + self.aborted != self.sampled:
+            raise AdcertError("a step is running on another thread: take the monitor's state between two steps")
+        return {
+            "steps": self.steps,
+            "sampled": self.sampled,
+            "aborted": self.aborted,
+            "counts": {name: int(self._counts[name]) for name in (*VERDICTS, *COUNTS)},
+            "seconds": dict(self._seconds),
+            "reasons": dict(self._reasons),
+            "theorems": dict(self._theorems),
+            "layers": {name: dict(total) for name, total in self._layers.items()},
+        }
+
+    @classmethod
+    def restored(cls, state: Any) -> Totals:
+        """Of a :meth:`state`.
+
+        Raises:
+            AdcertError: for anything that is no such state, or whose numbers contradict each other.
+        """
+        found = fields(state, _STATE, "totals")
+        self = cls()
+        self.steps, self.sampled, self.aborted = (count(found[name], name) for name in _STATE[:3])
+        self._counts.update(fields(counts(found["counts"], "counts"), (*VERDICTS, *COUNTS), "counts"))
+        self._reasons.update(counts(found["reasons"], "reasons"))
+        self._theorems.update(counts(found["theorems"], "theorems"))
+        if not isinstance(found["layers"], dict) or not isinstance(found["seconds"], dict):
+            raise damaged("layers and seconds should be given by name")
+        for name, layer in found["layers"].items():
+            parts = counts(layer, f"layer {name!r}")
+            self._layers[str(name)] = Counter(fields(parts, (*COUNTS, "steps_differing"), f"layer {name!r}"))
+        for name, seconds in found["seconds"].items():
+            if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not 0 <= seconds < float("inf"):
+                raise damaged(f"seconds of {name!r} are {seconds!r}")
+            self._seconds[str(name)] = float(seconds)
+        self._check()
+        return self
+
+    def _verdicts(self) -> int:
+        return sum(self._counts[name] for name in VERDICTS)
+
+    def _check(self) -> None:
+        verdicts = self._verdicts()
+        if verdicts + self.aborted != self.sampled or self.sampled > self.steps:
+            raise damaged(f"{self.sampled} of {self.steps} steps, {verdicts} verdicts and {self.aborted} aborted steps")
+        if sum(self._theorems.values()) > self._counts["certified"]:
+            raise damaged("more theorems than certified steps")
+        for name in COUNTS:
+            if sum(layer[name] for layer in self._layers.values()) != self._counts[name]:
+                raise damaged(f"the {name} of the layers do not add up")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import subprocess
@@ -300,15 +301,15 @@ sys.exit(4)
 
 
 def test_a_log_that_cannot_be_written_is_told_and_costs_no_verdict(tmp_path: Path):
-    class Full:
-        def write(self, text: str) -> None:
+    class Full(io.FileIO):
+        def write(self, data: bytes) -> int:
             raise OSError("no space left")
 
     model = network()
     monitor = adcert.Monitor(model, log=tmp_path / "log").__enter__()
     assert monitor._log is not None
     monitor._log.close()
-    monitor._log = Full()  # type: ignore[assignment]
+    monitor._log._file = Full(tmp_path / "log", "ab")
     (step,) = steps(monitor, model, 1)
     assert step.certificate().verdict is Verdict.CERTIFIED
     with pytest.raises(adcert.AdcertError, match="no space left"):
