@@ -58,10 +58,14 @@ class Crops:
     size: int
     length: int
 
-    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """`length // batch_size` batches, x float32 [B, 3, size, size], y int64 [B]."""
-        for _ in range(self.length // batch_size):
-            yield self.draw(batch_size, generator)
+    def batches(
+        self, batch_size: int, generator: torch.Generator, start: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """`length // batch_size` batches, x float32 [B, 3, size, size], y int64 [B], without the first `start`."""
+        for k in range(self.length // batch_size):
+            batch = self.draw(batch_size, generator)
+            if k >= start:
+                yield batch
 
     def draw(self, count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """`count` samples: class, corner and flip uniform and independent."""
@@ -95,10 +99,14 @@ class Table:
         """Samples in one epoch."""
         return len(self.y)
 
-    def batches(self, batch_size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
-        """`length // batch_size` full batches of a random permutation; the incomplete rest is left out."""
+    def batches(
+        self, batch_size: int, generator: torch.Generator, start: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """`length // batch_size` full batches of a random permutation, without the first `start`; the incomplete rest
+        is left out.
+        """
         order = torch.randperm(self.length, generator=generator)
-        for k in range(self.length // batch_size):
+        for k in range(start, self.length // batch_size):
             chosen = order[k * batch_size : (k + 1) * batch_size]
             yield self.x[chosen], self.y[chosen]
 
@@ -133,6 +141,8 @@ class Loader:
         batch_size: samples in every batch.
         seed: any integer of at most 64 bits.
         steps: batches in one iteration; default one epoch. More than an epoch runs into the next.
+        epoch: the epoch that comes next.
+        start: batches of it that are left out, by a job that goes on in the middle of it.
 
     Errors:
         AdcertError: a batch size or number of steps below 1, or a batch larger than the data set.
@@ -149,6 +159,7 @@ class Loader:
     seed: int = 0
     steps: int | None = None
     epoch: int = 0
+    start: int = 0
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or (self.steps is not None and self.steps < 1):
@@ -168,8 +179,9 @@ class Loader:
         left = len(self)
         while left:
             generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
+            start, self.start = self.start, 0
             self.epoch += 1
-            for batch in self.data.train.batches(self.batch_size, generator):
+            for batch in self.data.train.batches(self.batch_size, generator, start):
                 yield batch
                 left -= 1
                 if not left:

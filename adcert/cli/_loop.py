@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from .. import convert, data, models
 from ..certificate import Verdict
 from ..monitor import Monitor, Step
+from ._checkpoint import Training
 
 LEARNING_RATE = 0.05
 MOMENTUM = 0.9
@@ -30,7 +31,8 @@ COUNTS = ("windows", "ties", "touches", "differing", "rows", "blocks")
 class Job:
     """What to train. Of `epochs` and `steps` the one that ends first counts, without either one epoch;
     `plain` trains stock modules without a monitor; `size`: pixels a side, None for what suits model and data;
-    `every`: of how many steps one is certified.
+    `every`: of how many steps one is certified; `checkpoint`: a file to save all of it in after each
+    `checkpoint_every` steps, and, with `resume`, to go on from if it is there.
     """
 
     model: str = "resnet18"
@@ -47,6 +49,9 @@ class Job:
     device: str = "cpu"
     size: int | None = None
     every: int = 1
+    checkpoint: Path | None = None
+    checkpoint_every: int = 100
+    resume: bool = False
 
     @property
     def pixels(self) -> int:
@@ -94,16 +99,28 @@ class LayerTotals:
         self.exemptions.update(layer["exemptions"])
         self.steps_differing += layer["differing"] > 0
 
+    def state(self) -> dict[str, Any]:
+        """As plain numbers."""
+        counts = {name: self.counts[name] for name in COUNTS}
+        return {"counts": counts, "exemptions": dict(self.exemptions), "steps_differing": self.steps_differing}
+
+    @classmethod
+    def restored(cls, state: dict[str, Any]) -> LayerTotals:
+        """Of a :meth:`state`."""
+        return cls(Counter(state["counts"]), Counter(state["exemptions"]), state["steps_differing"])
+
 
 @dataclass
 class Outcome:
     """A finished (or interrupted) run. `report`: the monitor's totals; `digest`: SHA-256 of the final state
-    dict, for comparing two runs bit by bit.
+    dict, for comparing two runs bit by bit; `resumed`: steps done before this process went on, of which there are
+    totals but no `results`.
     """
 
     job: Job
     planned: int
     parameters: int
+    resumed: int = 0
     results: list[StepResult] = field(default_factory=list)
     layers: dict[str, LayerTotals] = field(default_factory=dict)
     report: dict[str, Any] | None = None
@@ -117,7 +134,8 @@ class Outcome:
         return {
             "job": {k: str(v) if isinstance(v, Path) else v for k, v in dataclasses.asdict(self.job).items()},
             "parameters": self.parameters,
-            "steps": len(self.results),
+            "steps": self.resumed + len(self.results),
+            "steps_resumed": self.resumed,
             "steps_planned": self.planned,
             "interrupted": self.interrupted,
             "loss": last.loss if last else None,
@@ -155,12 +173,7 @@ def run(job: Job, on_step: Callable[[Outcome, StepResult], None]) -> Outcome:
     images = data.load(job.data, job.pixels)
     loader = data.Loader(images, job.batch_size, job.seed)
     per_epoch = len(loader)
-    by_epochs = per_epoch * (job.epochs or 1)
-    if job.steps is None:
-        planned = by_epochs
-    else:
-        planned = job.steps if job.epochs is None else min(job.steps, by_epochs)
-    loader.steps = planned
+    planned = _planned(job, per_epoch)
     channels, size, _ = images.shape
     model: nn.Module = models.build(job.model, len(images.classes), channels, size, job.seed)
     model.to(job.device)
@@ -169,18 +182,26 @@ def run(job: Job, on_step: Callable[[Outcome, StepResult], None]) -> Outcome:
         model = convert(model)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, planned)
-    monitor = None if job.plain else Monitor(model, log=job.log, strict=job.strict, every=job.every, seed=job.seed)
+    monitor = (
+        None if job.plain else Monitor(model, log=job.log, strict=job.strict, every=job.every, seed=job.seed)
+    )
+    training = Training(job, model, optimizer, schedule, monitor)
     trained: deque[tuple[Step | None, StepResult]] = deque()
     with monitor or nullcontext():
+        done = _begin(training, outcome)
+        loader.steps, loader.epoch, loader.start = planned - done, done // per_epoch, done % per_epoch
         try:
-            for number, (x, y) in enumerate(loader, 1):
+            for number, (x, y) in enumerate(loader if done < planned else (), done + 1):
                 step, result = _step(model, optimizer, monitor, x.to(job.device), y.to(job.device), number)
                 schedule.step()
                 if number == planned or number % per_epoch == 0:
                     result = dataclasses.replace(result, test_accuracy=_accuracy(model, *images.test))
                 trained.append((step, result))
-                if len(trained) > 1:
+                save = job.checkpoint is not None and (number % job.checkpoint_every == 0 or number == planned)
+                while len(trained) > (0 if save else 1):
                     _show(outcome, *trained.popleft(), on_step)
+                if save:
+                    _save(training, outcome, number)
         except KeyboardInterrupt:
             outcome.interrupted = True
         while trained:
@@ -189,6 +210,31 @@ def run(job: Job, on_step: Callable[[Outcome, StepResult], None]) -> Outcome:
         outcome.report = dataclasses.asdict(monitor.report())
     outcome.digest = digest(model)
     return outcome
+
+
+def _planned(job: Job, per_epoch: int) -> int:
+    """Steps in all."""
+    by_epochs = per_epoch * (job.epochs or 1)
+    if job.steps is None:
+        return by_epochs
+    return job.steps if job.epochs is None else min(job.steps, by_epochs)
+
+
+def _begin(training: Training, outcome: Outcome) -> int:
+    """Resume or make the first checkpoint, if there are any; tells how many steps are done."""
+    checkpoint = training.job.checkpoint
+    if checkpoint is None:
+        return 0
+    if training.job.resume and checkpoint.exists():
+        outcome.resumed, layers = training.load()
+        outcome.layers = {name: LayerTotals.restored(totals) for name, totals in layers.items()}
+    else:
+        _save(training, outcome, 0)
+    return outcome.resumed
+
+
+def _save(training: Training, outcome: Outcome, step: int) -> None:
+    training.save(step, {name: totals.state() for name, totals in outcome.layers.items()})
 
 
 def _step(

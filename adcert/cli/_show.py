@@ -116,7 +116,7 @@ def _line(outcome: Outcome, result: StepResult) -> Text:
 def show_outcome(console: Console, outcome: Outcome) -> None:
     """The final tables: the run, the verdicts, the layers, the reasons."""
     if not outcome.results:
-        console.print("no step was finished")
+        console.print("no step was left to train" if outcome.resumed else "no step was finished")
         return
     _show_run(console, outcome)
     if outcome.report is None:
@@ -131,6 +131,8 @@ def _show_run(console: Console, outcome: Outcome) -> None:
     found = outcome.as_dict()
     table = Table("run", "value", title=f"{outcome.job.model} on {outcome.job.data}", box=SIMPLE_HEAD)
     table.add_row("steps", f"{found['steps']} of {outcome.planned}, batch {outcome.job.batch_size}")
+    if outcome.resumed:
+        table.add_row("resumed after step", str(outcome.resumed))
     table.add_row("device", outcome.job.device)
     table.add_row("loss, accuracy (last batch)", f"{found['loss']:.4f}, {found['accuracy']:.3f}")
     if found["test_accuracy"] is not None:

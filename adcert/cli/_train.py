@@ -71,6 +71,16 @@ def train(
     only_failed: Annotated[
         bool, typer.Option("--only-failed", help="With --certificates: only of steps that are not certified.")
     ] = False,
+    checkpoint: Annotated[
+        Path | None,
+        typer.Option(dir_okay=False, metavar="FILE", help="Keep all that --resume needs in this file."),
+    ] = None,
+    checkpoint_every: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Save it after each N steps, and at the end.")
+    ] = 100,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from --checkpoint FILE if it is there, to the same bits.")
+    ] = False,
     device: Annotated[
         DeviceName | None, typer.Option(help="Where to train (default: cuda if there is one, else cpu).")
     ] = None,
@@ -85,7 +95,7 @@ def train(
 
     SGD, momentum 0.9, learning rate 0.05 with a cosine, weight decay 1e-4. The data come with scikit-learn
     and scikit-image (extra "train"); nothing is downloaded. The run depends on the seed alone: with --plain
-    the weights at the end are the same bit by bit.
+    the weights at the end are the same bit by bit, and so they are after a job was killed and resumed.
     """
     if plain and (log or strict or check or certificates or every > 1):
         raise typer.BadParameter(
@@ -93,6 +103,10 @@ def train(
         )
     if only_failed and certificates is None:
         raise typer.BadParameter("--only-failed needs --certificates DIR")
+    if resume and checkpoint is None:
+        raise typer.BadParameter("--resume needs --checkpoint FILE")
+    if checkpoint is not None:
+        _check_checkpoint(checkpoint, resume)
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if place == "cuda" and not torch.cuda.is_available():
         raise typer.BadParameter("torch finds no CUDA device", param_hint="--device")
@@ -103,7 +117,8 @@ def train(
     if threads is not None:
         torch.set_num_threads(threads)
     job = Job(
-        model, data, epochs, steps, batch_size, seed, log, strict, plain, certificates, only_failed, place, size, every
+        model, data, epochs, steps, batch_size, seed, log, strict, plain, certificates, only_failed, place, size, every,
+        checkpoint, checkpoint_every, resume,
     )
     with Display(error_console()) as display:
         outcome = run(job, display.update)
@@ -112,6 +127,15 @@ def train(
     else:
         show_outcome(console(), outcome)
     _exit(outcome, check)
+
+
+def _check_checkpoint(checkpoint: Path, resume: bool) -> None:
+    if not checkpoint.absolute().parent.is_dir():
+        raise typer.BadParameter(f"the directory of {checkpoint} does not exist", param_hint="--checkpoint")
+    if checkpoint.exists() and not resume:
+        raise typer.BadParameter(
+            f"{checkpoint} exists: go on from it with --resume, or remove it", param_hint="--checkpoint"
+        )
 
 
 def _exit(outcome: Outcome, check: bool) -> None:
