@@ -84,6 +84,11 @@ class Step:
             self.certificate()
         return self._summary
 
+    @property
+    def settled(self) -> bool:
+        """The block has ended and there is nothing to wait for: the verdict is there, or there will be none."""
+        return self._ended and (self._wait is None or self._certificate is not None)
+
     def _on_root(self, roots: list[Tensor], inputs: Any, keep: bool) -> None:
         analysis, watch = self._analysis, self._watch
         if analysis is None or watch is None:

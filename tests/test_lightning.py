@@ -1,0 +1,185 @@
+"""The callback inside the real Lightning: same weights, every optimiser step has a verdict, resumption, errors."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import adcert
+from adcert import records
+from adcert.cli._loop import digest
+
+lightning = pytest.importorskip("lightning.pytorch", reason="the callback is for Lightning")
+from adcert.integrations.lightning import Certify  # noqa: E402 - after the library is known to be there
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # of Lightning: few workers, no validation loop
+
+
+class Module(lightning.LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 2))
+        adcert.convert(self)
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1, momentum=0.9)
+
+
+def batches() -> DataLoader[Any]:
+    """Five batches of two."""
+    x = torch.arange(10 * 36, dtype=torch.float32).reshape(10, 1, 6, 6) % 5
+    return DataLoader(TensorDataset(x, torch.arange(10) % 2), batch_size=2)
+
+
+def fit(module: Module, *callbacks: object, path: str | None = None, **options: Any) -> Module:
+    settings = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "accumulate_grad_batches": 2}
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        callbacks=list(callbacks),
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        **settings | options,
+    )
+    trainer.fit(module, batches(), ckpt_path=path)
+    return module
+
+
+def lines(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def totals(monitor: adcert.Monitor) -> dict[str, Any]:
+    return asdict(monitor.report()) | {"seconds": None}
+
+
+def by_hand(accumulate: int) -> adcert.Monitor:
+    """The same steps in a loop of our own."""
+    module = Module()
+    optimizer = module.configure_optimizers()
+    loader = list(batches())
+    with adcert.Monitor(module) as monitor:
+        for _ in range(2):
+            for start in range(0, 5, accumulate):
+                optimizer.zero_grad()
+                with monitor.step():
+                    for x, y in loader[start : start + accumulate]:
+                        (F.cross_entropy(module.net(x), y) / accumulate).backward()
+                optimizer.step()
+    return monitor
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_every_optimiser_step_is_certified_and_changes_nothing(tmp_path: Path, accumulate: int) -> None:
+    plain = fit(Module(), accumulate_grad_batches=accumulate, gradient_clip_val=0.5)
+    certify = Certify(log=tmp_path / "log")
+    certified = fit(Module(), certify, accumulate_grad_batches=accumulate, gradient_clip_val=0.5)
+    assert digest(certified) == digest(plain)
+    assert certify.monitor is not None
+    report = certify.monitor.report()
+    assert (report.steps, report.certified, report.aborted) == ({1: 10, 2: 6}[accumulate],) * 2 + (0,)
+    assert [line.get("step") for line in lines(tmp_path / "log")] == [*range(1, report.steps + 1), None]
+
+
+def test_the_totals_are_those_of_a_loop_by_hand() -> None:
+    certify = Certify()
+    fit(Module(), certify)
+    assert certify.monitor is not None
+    assert totals(certify.monitor) == totals(by_hand(2))
+
+
+def test_a_resumed_fit_goes_on(tmp_path: Path) -> None:
+    whole, log = Certify(), tmp_path / "log"
+    weights = digest(fit(Module(), whole, max_epochs=3))
+    saver = lightning.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=3, save_top_k=-1)
+
+    class Failing(Module):
+        calls = 0
+
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            self.calls += 1
+            if self.calls == 12:  # in step 7, after the checkpoints of steps 3 and 6, the ends of epochs
+                raise ZeroDivisionError
+            return super().training_step(batch, index)
+
+    with pytest.raises(ZeroDivisionError):
+        fit(Failing(), Certify(log=log), saver, max_epochs=3, enable_checkpointing=True)
+    assert lines(log)[-1]["report"]["steps"] == 7
+    resumed = Certify(log=log)
+    module = fit(Module(), resumed, max_epochs=3, path=str(tmp_path / "step=3.ckpt"))
+    assert digest(module) == weights
+    assert whole.monitor is not None and resumed.monitor is not None
+    assert totals(resumed.monitor) == totals(whole.monitor)
+    assert [line.get("step") for line in lines(log)] == [*range(1, 10), None]
+
+
+def test_an_exception_leaves_no_step_behind() -> None:
+    class Failing(Module):
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            super().training_step(batch, index).backward()
+            raise ZeroDivisionError
+
+    certify = Certify()
+    with pytest.raises(ZeroDivisionError) as caught:
+        fit(Failing(), certify)
+    assert any(entry.name == "training_step" for entry in caught.traceback)
+    assert not records.running()
+    assert not torch.overrides._get_current_function_mode_stack()
+    assert certify.monitor is not None and certify.monitor.report().aborted == 1
+
+
+def test_on_fail_raise_stops_before_the_optimiser() -> None:
+    class Undecided(Module):
+        def training_step(self, batch: Any, index: int) -> Tensor:
+            y = self.net(batch[0])
+            return (y * (y > 0)).sum()
+
+    module = Undecided()
+    before = digest(module)
+    with pytest.raises(adcert.UncertifiedError, match="step 1 is undecided"):
+        fit(module, Certify(on_fail="raise"))
+    assert digest(module) == before
+    assert not records.running()
+
+
+def test_what_the_callback_cannot_do_is_refused() -> None:
+    class Manual(Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.automatic_optimization = False
+
+    class Quasi(Module):
+        def configure_optimizers(self) -> torch.optim.Optimizer:
+            return torch.optim.LBFGS(self.parameters())
+
+    with pytest.raises(adcert.AdcertError, match="manual optimisation"):
+        fit(Manual(), Certify(), accumulate_grad_batches=1)
+    with pytest.raises(adcert.AdcertError, match="LBFGS evaluates its closure several times"):
+        fit(Quasi(), Certify(), accumulate_grad_batches=1)
+    assert not records.running()
+
+
+def test_scalars_reach_the_loggers(tmp_path: Path) -> None:
+    logger = lightning.loggers.CSVLogger(tmp_path)
+    certify = Certify(every=2)
+    fit(Module(), certify, logger=logger, log_every_n_steps=1)
+    rows = (Path(logger.log_dir) / "metrics.csv").read_text().splitlines()
+    names = rows[0].split(",")
+    column, step = names.index("adcert/certified"), names.index("step")
+    found = [(int(cells[step]), cells[column]) for cells in (row.split(",") for row in rows[1:]) if cells[column]]
+    assert certify.monitor is not None and certify.monitor.report().sampled == 3
+    assert [value for _, value in found] == ["1.0", "2.0", "3.0"]
+    assert [(number - 1) // 2 for number, _ in found] == [0, 1, 2]
