@@ -1,4 +1,4 @@
-"""The embedded data of the training job: nothing is downloaded.
+"""The data of the training job; those that are embedded, for which nothing is downloaded, and :mod:`adcert.hub`'s.
 
 `photos`: 32x32 crops of ten colour photographs that ship inside the scikit-learn and scikit-image wheels, one
 class per photograph. `digits`: scikit-learn's 8x8 handwritten digits. Both need the extra `train`.
@@ -10,16 +10,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.resources import files
-from typing import Final
+from typing import Final, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
 
+from .augment import normalise
 from .errors import AdcertError
 
-__all__ = ["DATA", "PHOTOS", "Crops", "Images", "Loader", "Table", "load"]
+__all__ = ["DATA", "FILES", "PHOTOS", "Crops", "Images", "Loader", "Table", "load", "parse", "usual_size"]
 
 PHOTOS: Final = (
     ("china", "sklearn.datasets.images", "china.jpg"),
@@ -34,6 +35,7 @@ PHOTOS: Final = (
     ("motorcycle", "skimage.data", "motorcycle_left.png"),
 )
 DATA: Final = ("photos", "digits")
+FILES: Final = ("cifar10", "mnist", "imagenet", "imagefolder")  # of `adcert.hub`
 CROP: Final = 32
 # ImageNet's channel means and deviations, a usual choice for photographs.
 PHOTO_MEAN: Final = (0.485, 0.456, 0.406)
@@ -42,6 +44,26 @@ PHOTO_EPOCH: Final = 6400
 TEST_TILES: Final = 48
 DIGIT_MEAN: Final = 0.3
 DIGIT_STD: Final = 0.375
+
+
+class Source(Protocol):
+    """Where training batches come from."""
+
+    @property
+    def length(self) -> int:
+        """Samples that count as one epoch."""
+
+    def batches(
+        self, batch_size: int, generator: torch.Generator, start: int = 0
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The `length // batch_size` batches of an epoch, without the first `start`: x float32, y int64 [B]."""
+
+
+class Held(Protocol):
+    """Test images that do not lie in memory as they are needed."""
+
+    def in_order(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All of them, x float32 and y int64."""
 
 
 @dataclass(frozen=True)
@@ -118,15 +140,22 @@ class Images:
     Arguments:
         name, classes: names for people.
         shape: (channels, height, width) of one image.
-        train: a :class:`Crops` or a :class:`Table`.
-        test: (x, y), float32 [M, *shape] and int64 [M].
+        train: a :class:`Crops`, a :class:`Table` or another source.
+        test: (x, y), float32 [M, *shape] and int64 [M], or what gives them in batches.
     """
 
     name: str
     classes: tuple[str, ...]
     shape: tuple[int, int, int]
-    train: Crops | Table
-    test: tuple[Tensor, Tensor]
+    train: Source
+    test: tuple[Tensor, Tensor] | Held
+
+    def test_batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """All test images, in order; the last batch may be smaller."""
+        if not isinstance(self.test, tuple):
+            return self.test.in_order(batch_size)
+        x, y = self.test
+        return zip(torch.split(x, batch_size), torch.split(y, batch_size), strict=True)
 
 
 @dataclass
@@ -178,7 +207,7 @@ class Loader:
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
         left = len(self)
         while left:
-            generator = torch.Generator().manual_seed(_mix(self.seed, self.epoch))
+            generator = torch.Generator().manual_seed(mix(self.seed, self.epoch))
             start, self.start = self.start, 0
             self.epoch += 1
             for batch in self.data.train.batches(self.batch_size, generator, start):
@@ -188,21 +217,67 @@ class Loader:
                     return
 
 
-def load(name: str, size: int = CROP) -> Images:
-    """The data set `photos` or `digits` with square images of `size` pixels.
+def parse(name: str) -> tuple[str, str]:
+    """(data set, directory) of `NAME` or `NAME:DIRECTORY`; the embedded ones have no directory.
+
+    Errors:
+        AdcertError: unknown name, a directory that is missing or has no use.
+
+    Example:
+        >>> parse("cifar10:/data/cifar"), parse("digits")
+        (('cifar10', '/data/cifar'), ('digits', ''))
+    """
+    kind, colon, path = name.partition(":")
+    if kind not in (*DATA, *FILES):
+        raise AdcertError(f"unknown data {kind!r}; known: {', '.join((*DATA, *FILES))}")
+    if kind in DATA and colon:
+        raise AdcertError(f"{kind} comes with adcert's extra `train`, it has no directory: write {kind}")
+    if not path and (colon or kind == "imagefolder"):
+        raise AdcertError(f"where are the files? Write {kind}:DIRECTORY")
+    return kind, path
+
+
+def usual_size(name: str) -> int:
+    """Pixels a side that a data set's images have if nobody says otherwise.
+
+    Example:
+        >>> usual_size("imagefolder:pictures"), usual_size("photos")
+        (224, 32)
+    """
+    kind, _ = parse(name)
+    if kind in DATA:
+        return CROP
+    from .hub import KINDS
+
+    return KINDS[kind].size
+
+
+def load(name: str, size: int | None = None, workers: int = 0) -> Images:
+    """A data set with square images of `size` pixels; `workers` processes decode those that are decoded on the way.
 
     `photos`: values / 255, then (value - mean) / deviation per channel. Training crops lie in the left three
     quarters of each photograph, test crops (at most 48 cells of a fixed grid) in the right quarter.
     `digits`: 8x8, enlarged bilinearly to any other size; every fifth image is a test image.
 
+    `cifar10`: padded by 4 pixels, cropped and flipped at random. `mnist`: as it is. Both enlarged bilinearly to any
+    size but theirs. `imagenet`, `imagefolder:DIRECTORY`: random boxes resized to `size` (224) and flipped; for the
+    test the middle of each image. All with the usual means and deviations, from Hugging Face's hub or from
+    `NAME:DIRECTORY`, whose files are as on the hub (parquet) or a folder of images per class, in folders `train` and
+    `test` or `validation`; without the latter every fifth image is a test image.
+
     Errors:
-        AdcertError: unknown name, a size that does not fit, or the extra `train` is not installed.
+        AdcertError: unknown name, a size that does not fit, files that are not as they should be, or the extra
+            `train` or `datasets` is not installed.
     """
-    if name not in DATA:
-        raise AdcertError(f"unknown data {name!r}; known: {', '.join(DATA)}")
+    kind, path = parse(name)
+    size = usual_size(name) if size is None else size
     if size < 1:
         raise AdcertError(f"images need at least one pixel a side, got size={size}")
-    return _photos(size) if name == "photos" else _digits(size)
+    if kind in FILES:
+        from . import hub
+
+        return hub.load(kind, path, size, workers)
+    return _photos(size) if kind == "photos" else _digits(size)
 
 
 def _photos(size: int) -> Images:
@@ -278,13 +353,11 @@ def _missing(distribution: str) -> str:
 
 
 def _normalise(pixels: Tensor) -> Tensor:
-    """uint8 [N, 3, H, W] to float32: value / 255, minus mean, over deviation."""
-    mean = torch.tensor(PHOTO_MEAN).view(3, 1, 1)
-    std = torch.tensor(PHOTO_STD).view(3, 1, 1)
-    return (pixels.float() / 255 - mean) / std
+    """uint8 [N, 3, H, W] to float32, with the means and deviations of photographs."""
+    return normalise(pixels, PHOTO_MEAN, PHOTO_STD)
 
 
-def _mix(seed: int, epoch: int) -> int:
-    """One 63-bit generator seed for (seed, epoch), unrelated for neighbouring pairs."""
-    state = np.random.SeedSequence([seed % 2**64, epoch]).generate_state(1, np.uint64)
+def mix(seed: int, number: int) -> int:
+    """One 63-bit generator seed for (seed, number), unrelated for neighbouring pairs."""
+    state = np.random.SeedSequence([seed % 2**64, number]).generate_state(1, np.uint64)
     return int(state[0]) >> 1

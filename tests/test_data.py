@@ -148,7 +148,7 @@ def test_bad_loader(table: Images, options: dict[str, int], message: str) -> Non
 
 @pytest.mark.parametrize(
     ("name", "size", "message"),
-    [("mnist", 32, "unknown data 'mnist'"), ("digits", 0, "size=0"), ("photos", 200, "do not fit")],
+    [("coco", 32, "unknown data 'coco'"), ("digits", 0, "size=0"), ("photos", 200, "do not fit")],
 )
 def test_bad_load(name: str, size: int, message: str) -> None:
     with pytest.raises(AdcertError, match=message):

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 FORMAT = "adcert train"
 VERSION = 1
 # What a resumed job may do in another way: it changes no weight and no total.
-FREE = frozenset({"log", "certificates", "only_failed", "checkpoint", "checkpoint_every", "resume"})
+FREE = frozenset({"log", "certificates", "only_failed", "checkpoint", "checkpoint_every", "resume", "workers"})
 PARTS = ("format", "version", "job", "step", "model", "optimizer", "schedule", "monitor", "layers", "random")
 
 

@@ -52,12 +52,13 @@ class Job:
     checkpoint: Path | None = None
     checkpoint_every: int = 100
     resume: bool = False
+    workers: int = 0
 
     @property
     def pixels(self) -> int:
         """Pixels a side of an image."""
         small = self.model in models.FNN and self.data == "digits"
-        return self.size or (8 if small else data.CROP)
+        return self.size or (8 if small else data.usual_size(self.data))
 
 
 @dataclass(frozen=True)
@@ -170,7 +171,7 @@ def run(job: Job, on_step: Callable[[Outcome, StepResult], None]) -> Outcome:
 
     SGD with momentum 0.9, weight decay 1e-4, learning rate 0.05 falling to 0 along a cosine.
     """
-    images = data.load(job.data, job.pixels)
+    images = data.load(job.data, job.pixels, job.workers)
     loader = data.Loader(images, job.batch_size, job.seed)
     per_epoch = len(loader)
     planned = _planned(job, per_epoch)
@@ -195,7 +196,7 @@ def run(job: Job, on_step: Callable[[Outcome, StepResult], None]) -> Outcome:
                 step, result = _step(model, optimizer, monitor, x.to(job.device), y.to(job.device), number)
                 schedule.step()
                 if number == planned or number % per_epoch == 0:
-                    result = dataclasses.replace(result, test_accuracy=_accuracy(model, *images.test))
+                    result = dataclasses.replace(result, test_accuracy=_accuracy(model, images))
                 trained.append((step, result))
                 save = job.checkpoint is not None and (number % job.checkpoint_every == 0 or number == planned)
                 while len(trained) > (0 if save else 1):
@@ -276,15 +277,18 @@ def _show(
     on_step(outcome, result)
 
 
-def _accuracy(model: nn.Module, x: Tensor, y: Tensor) -> float:
-    """Share of right answers in eval mode; the model goes back to the mode it was in."""
+def _accuracy(model: nn.Module, images: data.Images) -> float:
+    """Share of right answers to the test images in eval mode; the model goes back to the mode it was in."""
     mode = model.training
     model.eval()
+    right = count = 0
     with torch.no_grad():
         device = next(model.parameters()).device
-        answers = torch.cat([model(part.to(device)).argmax(1).cpu() for part in torch.split(x, 256)])
+        for x, y in images.test_batches(256):
+            right += int((model(x.to(device)).argmax(1).cpu() == y).sum())
+            count += len(y)
     model.train(mode)
-    return float((answers == y).float().mean())
+    return right / count if count else float("nan")
 
 
 def digest(model: nn.Module) -> str:

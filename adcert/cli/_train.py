@@ -23,7 +23,6 @@ ModelName = Literal[
     "fnn-hardtanh",
     "fnn-hardsigmoid",
 ]
-DataName = Literal["photos", "digits"]
 DeviceName = Literal["cpu", "cuda"]
 INTERRUPTED = 130
 
@@ -33,14 +32,16 @@ def train(
         ModelName, typer.Option(help="Network; the VGGs have half the usual channels.")
     ] = "resnet18",
     data: Annotated[
-        DataName,
+        str,
         typer.Option(
-            help="photos: 32x32 crops of ten photographs, one class each. digits: 8x8 handwritten digits."
+            metavar="NAME",
+            help="photos: 32x32 crops of ten photographs, one class each. digits: 8x8 handwritten digits. "
+            "cifar10, mnist, imagenet: from Hugging Face's hub, or NAME:DIRECTORY. imagefolder:DIRECTORY.",
         ),
     ] = "photos",
     size: Annotated[
         int | None,
-        typer.Option(min=1, help="Pixels a side (default 32; 8 for a fully connected network on digits)."),
+        typer.Option(min=1, help="Pixels a side (default: the data's; 8 for a fully connected network on digits)."),
     ] = None,
     epochs: Annotated[int | None, typer.Option(min=1, help="Passes over the data (default 1).")] = None,
     steps: Annotated[
@@ -84,6 +85,9 @@ def train(
     device: Annotated[
         DeviceName | None, typer.Option(help="Where to train (default: cuda if there is one, else cpu).")
     ] = None,
+    workers: Annotated[
+        int, typer.Option(min=0, help="Processes that decode photographs (imagenet, imagefolder); the run is the same.")
+    ] = 0,
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of PyTorch (default: PyTorch's own choice).")
     ] = None,
@@ -93,9 +97,10 @@ def train(
 ) -> None:
     """Train a network on real pictures and certify the gradient of every step.
 
-    SGD, momentum 0.9, learning rate 0.05 with a cosine, weight decay 1e-4. The data come with scikit-learn
-    and scikit-image (extra "train"); nothing is downloaded. The run depends on the seed alone: with --plain
-    the weights at the end are the same bit by bit, and so they are after a job was killed and resumed.
+    SGD, momentum 0.9, learning rate 0.05 with a cosine, weight decay 1e-4. The data photos and digits come with
+    scikit-learn and scikit-image (extra "train"), nothing is downloaded; the others need the extra "datasets".
+    The run depends on the seed alone: with --plain the weights at the end are the same bit by bit, and so they are
+    after a job was killed and resumed.
     """
     if plain and (log or strict or check or certificates or every > 1):
         raise typer.BadParameter(
@@ -118,7 +123,7 @@ def train(
         torch.set_num_threads(threads)
     job = Job(
         model, data, epochs, steps, batch_size, seed, log, strict, plain, certificates, only_failed, place, size, every,
-        checkpoint, checkpoint_every, resume,
+        checkpoint, checkpoint_every, resume, workers,
     )
     with Display(error_console()) as display:
         outcome = run(job, display.update)
