@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from typer.testing import CliRunner
@@ -18,36 +17,15 @@ from adcert.augment import middle_crop, normalise
 from adcert.data import Images, Loader
 from adcert.errors import AdcertError
 
-datasets = pytest.importorskip("datasets", reason="it reads the files")
-image = pytest.importorskip("PIL.Image", reason="it decodes the images")
-from adcert import hub  # noqa: E402 - after the libraries are known to be there
+pytest.importorskip("datasets", reason="it reads the files")
+from image_files import datasets, image, noise, raw, use_cache, write
 
-RNG = np.random.default_rng(0)
+from adcert import hub
 
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.getbasetemp() / "cache")
-    datasets.disable_progress_bars()
-
-
-def noise(width: int, height: int, mode: str = "RGB") -> Any:
-    return image.fromarray(RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)).convert(mode)
-
-
-def write(path: Path, column: str, images: list[Any], labels: list[int], names: list[str] | None) -> None:
-    """A parquet file as the hub has it."""
-    features = datasets.Features(
-        {column: datasets.Image(), "label": datasets.ClassLabel(names=names) if names else datasets.Value("int64")}
-    )
-    path.parent.mkdir(parents=True, exist_ok=True)
-    datasets.Dataset.from_dict({column: images, "label": labels}, features=features).to_parquet(path)
-
-
-def raw(images: list[Any]) -> torch.Tensor:
-    """uint8 [N, C, H, W]."""
-    arrays = [np.array(one).reshape(one.height, one.width, -1) for one in images]
-    return torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2)
+    use_cache(tmp_path_factory.getbasetemp() / "cache", monkeypatch)
 
 
 @pytest.fixture(scope="module")
