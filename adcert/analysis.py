@@ -85,8 +85,8 @@ class StepAnalysis:
         that needs no answer.
         """
         start = time.perf_counter()
-        nodes = [tensor.grad_fn for tensor in roots if tensor.grad_fn is not None]
-        losses = {(tensor.grad_fn, tensor.output_nr) for tensor in roots if tensor.grad_fn is not None}
+        edges = [watch.recorder.edge(tensor) for tensor in roots if tensor.grad_fn is not None]
+        nodes, losses = [node for node, _ in edges], set(edges)
         again = bool(nodes) and self.roots >= losses  # step.loss(loss), or the same loss once more
         if not (again and losses == self.roots):  # what is combined is the gradient of one number
             self.hull = None
@@ -94,7 +94,7 @@ class StepAnalysis:
         self.backwards += 1
         self.roots |= losses
         coming = Coming(watch.recorder, [] if again else roots)
-        graph = Graph(nodes, watch.recorder.records, self.leaves)
+        graph = Graph(nodes, watch.recorder.records, self.leaves, watch.recorder.links)
         adopt(graph, watch.recorder, watch.origin)
         records = [graph.record_of[node] for node in graph.nodes if node in graph.record_of]
         reasons = self._audit(graph, roots, inputs, watch)

@@ -22,7 +22,10 @@ def audit_graph(graph: Graph, watch: Watch, roots: Iterable[Tensor] = ()) -> lis
     A reason with a flag, on a device, holds only if the flag is false.
     """
     reasons: list[tuple[str, Tensor | None]] = []
-    further = {root.grad_fn for root in roots if root.output_nr}
+    refused = [watch.recorder.refused[node] for node in graph.nodes if node in watch.recorder.refused]
+    if refused:
+        return [(reason, None) for reason in refused]
+    further = {node for node, number in map(watch.recorder.edge, roots) if number}
     for node in graph.nodes:
         name = node.name()
         if name == ACCUMULATE or node in graph.record_of:

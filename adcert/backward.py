@@ -72,7 +72,7 @@ def _bytes_per_row(graph: Graph, edge: tuple[Node, int]) -> int:
             shape = shape_of(node, 0)
             largest = max(largest, math.prod(shape) // (1 if coupled else max(1, shape[0] if shape else 1)))
             coupled = coupled or _couples(node)
-        for source, _ in node.next_functions:
+        for source, _ in graph.linked(node.next_functions):
             if source is not None and source not in seen:
                 seen.add(source)
                 stack.append(source)
@@ -136,6 +136,7 @@ class Pass:
     def send(self, edge: tuple[Node, int], slices: Slices) -> None:
         if edge[0] is None or len(slices.row) == 0:
             return
+        (edge,) = self.graph.linked((edge,))
         alive = ~slices.data.zero().flatten(1).all(1) if slices.data.value.dim() > 1 else ~slices.data.zero()
         if not bool(alive.all()):
             slices = Slices(slices.row[alive], slices.sample[alive], slices.data.map(lambda t: t[alive]), slices.shape)

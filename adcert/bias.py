@@ -52,10 +52,10 @@ def partly_biased(graph: Graph, record: OpRecord, own: frozenset[str]) -> bool:
     """Do some units of a record's y add a bias, where not all add the same one (branches that are concatenated)?"""
     edge = record.edge
     while edge[0] is not None and edge[0] not in graph.record_of and kind_of(edge[0]) in SAME_UNITS:
-        edge = edge[0].next_functions[0]
+        edge = graph.edges[edge[0]][0]
     if edge[0] is None or edge[0] in graph.record_of or kind_of(edge[0]) != "CatBackward":
         return False
-    return any(_search(graph, part, lambda units: units, own) is not None for part in edge[0].next_functions)
+    return any(_search(graph, part, lambda units: units, own) is not None for part in graph.edges[edge[0]])
 
 
 def _paths(graph: Graph, record: OpRecord, leaf: str) -> int:
@@ -90,17 +90,17 @@ def _search(graph: Graph, edge: tuple[Node, int], units: _Map, own: frozenset[st
         return (leaf, units, 1) if leaf in own else None
     kind = kind_of(node)
     if kind in SAME_UNITS:
-        return _search(graph, node.next_functions[0], units, own)
+        return _search(graph, graph.edges[node][0], units, own)
     if kind == "AddBackward" and alpha_of(node) == 1:
         return _search_sum(graph, edge, units, own)
     if kind in PERMUTATIONS:
         moved = partial(_permuted, units, shape_of(*edge), permutation(node))
-        found = _search(graph, node.next_functions[0], moved, own)
+        found = _search(graph, graph.edges[node][0], moved, own)
         return None if found is None else (*found[:2], 1)
     slot = _SLOTS.get(kind)
     if slot is None or (kind == "AddmmBackward" and (node._saved_alpha != 1 or node._saved_beta != 1)):
         return None
-    return _added(graph, edge, node.next_functions[slot], units, own)
+    return _added(graph, edge, graph.edges[node][slot], units, own)
 
 
 #: Where a node has the bias it adds, once for every channel or place.
@@ -118,7 +118,7 @@ def _added(
 ) -> _Found | None:
     shape, source = shape_of(*edge), bias[0]
     if source is not None and kind_of(source) == "RepeatBackward":  # instance normalisation: once for every sample
-        source = source.next_functions[0][0]
+        source = graph.edges[source][0][0]
     leaf = graph.leaf(source)
     if leaf is None or leaf not in own:
         return None
@@ -145,7 +145,7 @@ def _permuted(units: _Map, out: tuple[int, ...], order: list[int], index: Tensor
 
 def _search_sum(graph: Graph, edge: tuple[Node, int], units: _Map, own: frozenset[str]) -> _Found | None:
     out = shape_of(*edge)
-    for operand in edge[0].next_functions:
+    for operand in graph.edges[edge[0]]:
         if operand[0] is not None:
             shape = shape_of(*operand)
             inner = partial(_broadcast, units, out, shape)

@@ -53,6 +53,11 @@ def record(recorder: Recorder, func: Any, args: Sequence[Any], kwargs: Arguments
     return handler(recorder, call)
 
 
+def known(func: Any) -> bool:
+    """Is there an entry for a function?"""
+    return func in _TABLE
+
+
 def _activation(rho: Rho) -> Handler:
     def handle(recorder: Recorder, call: Call) -> Any:
         found = rho(call.given)

@@ -137,10 +137,10 @@ def pools(record: OpRecord) -> bool:
 def _matrix(graph: Graph, record: OpRecord, own: frozenset[str]) -> tuple[str, int, int] | None:
     node: Node = record.edge[0]
     while node is not None and node not in graph.record_of and kind_of(node) in SAME_UNITS:
-        node = node.next_functions[0][0]
+        node = graph.edges[node][0][0]
     if node is None or node in graph.record_of or kind_of(node) not in ("AddmmBackward", "MmBackward"):
         return None
-    sources = [edge[0] for edge in node.next_functions]
+    sources = [edge[0] for edge in graph.edges[node]]
     if kind_of(node) == "AddmmBackward":
         if node._saved_alpha != 1 or node._saved_beta != 1:
             return None
@@ -149,7 +149,7 @@ def _matrix(graph: Graph, record: OpRecord, own: frozenset[str]) -> tuple[str, i
             return None
     weight = sources[1]
     if weight is not None and kind_of(weight) == "TBackward":
-        weight = weight.next_functions[0][0]
+        weight = graph.edges[weight][0][0]
     leaf = None if weight is None else graph.leaf(weight)
     if leaf is None or leaf not in own or graph.reaches(sources[0], (leaf,)):
         return None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from .records import COPY_SLICES as COPY_SLICES
-from .records import Node, OpRecord
+from .records import Edge, Links, Node, OpRecord, linked
 
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 
@@ -85,12 +85,16 @@ _VIEWS = frozenset(f"{name}Backward" for name in "View UnsafeView ReshapeAlias S
 class Graph:
     """The graph below some roots: nodes in topological order (consumers first), consumers, records by node.
 
-    ``edges``: ``node.next_functions``, which autograd makes anew each time it is asked. ``felt``: of every record the
-    outputs that the loss may feel (:mod:`adcert.idle`), if that was asked.
+    ``edges``: ``node.next_functions``, which autograd makes anew each time it is asked, along ``links`` (of a
+    :class:`~adcert.records.Recorder`). ``felt``: of every record the outputs that the loss may feel
+    (:mod:`adcert.idle`), if that was asked.
     """
 
-    def __init__(self, roots: Sequence[Node], records: Iterable[OpRecord], leaves: Leaves) -> None:
+    def __init__(
+        self, roots: Sequence[Node], records: Iterable[OpRecord], leaves: Leaves, links: Links | None = None
+    ) -> None:
         self.leaves = leaves
+        self.links = {} if links is None else links
         self.roots = tuple(roots)
         self.edges: dict[Node, tuple[tuple[Node, int], ...]] = {}
         self.consumers: dict[Node, list[tuple[Node, int, int]]] = defaultdict(list)
@@ -111,7 +115,7 @@ class Graph:
         stack = list(seen)
         while stack:
             node = stack.pop()
-            edges[node] = node.next_functions
+            edges[node] = self.linked(node.next_functions)
             for slot, (source, number) in enumerate(edges[node]):
                 if source is None:
                     continue
@@ -132,6 +136,10 @@ class Graph:
                 if waiting[source] == 0:
                     ready.append(source)
         return order
+
+    def linked(self, edges: Sequence[Edge]) -> tuple[Edge, ...]:
+        """Edges of this graph: what a compiled program made leads into its replay."""
+        return tuple(linked(self.links, edge) for edge in edges) if self.links else tuple(edges)
 
     def leaf(self, node: Node | None) -> str | None:
         """Name of the leaf a node accumulates into, directly or through a cast (casts are the identity), or None."""

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import records, state
+from . import compiled, records, state
 from .analysis import StepAnalysis
 from .certificate import Certificate, Verdict
 from .conclusion import Observed, conclude, failed
@@ -111,7 +111,7 @@ class Step:
             with records.recording(None):
                 yield
         else:
-            with records.recording(self._recorder), self._watch:
+            with compiled.seen(), records.recording(self._recorder), self._watch:
                 yield
 
     def _observed(self) -> Observed:

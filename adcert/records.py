@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import torch
@@ -28,6 +28,15 @@ from .transfer import take
 Own = Tensor | Callable[[Any], Tensor] | None
 COPY_SLICES = "torch::autograd::CopySlices"  # an in-place function on a view, as a node of the view's base
 Node = Any  # torch.autograd.graph.Node; C++ nodes are not instances of the Python class
+Edge = tuple[Node, int]
+Links = dict[Edge, Edge]
+
+
+def linked(links: Links, edge: Edge) -> Edge:
+    """The edge itself, or where it leads instead."""
+    while edge in links:
+        edge = links[edge]
+    return edge
 
 
 @dataclass(eq=False)
@@ -65,6 +74,7 @@ class OpRecord:
     sides: tuple[int, ...] = (-1,)
     released: bool = False
     overflow: str = ""
+    links: Links = field(default_factory=dict)
 
     @property
     def relu(self) -> bool:
@@ -74,14 +84,14 @@ class OpRecord:
     @property
     def edge(self) -> tuple[Node, int]:
         """The autograd edge of y: (node, output number); the node is None where y is constant."""
-        edge: tuple[Node, int] = self.node.next_functions[0]
-        return edge
+        return linked(self.links, self.node.next_functions[0])
 
     @property
     def own_edge(self) -> tuple[Node, int]:
         """The edge of PReLU's slopes; the node is None for everything else."""
-        edges: tuple[tuple[Node, int], ...] = self.node.next_functions
-        return edges[1] if self.rho is not None and self.rho.name == "prelu" and len(edges) > 1 else (None, 0)
+        edges: tuple[Edge, ...] = self.node.next_functions
+        own = self.rho is not None and self.rho.name == "prelu" and len(edges) > 1
+        return linked(self.links, edges[1]) if own else (None, 0)
 
     def values(self, units: Tensor) -> Tensor:
         """y, where it is kept, at flat units."""
@@ -125,17 +135,28 @@ class OpRecord:
 
 
 class Witness(Protocol):
-    """Who has to know that a recorded operation reads or overwrites a tensor, out of the function mode's sight."""
+    """Who has to know that a recorded operation reads or overwrites a tensor, out of the function mode's sight.
+
+    ``calls``: how many the function mode has seen.
+    """
+
+    calls: int
 
     def reads(self, tensor: Tensor, name: str) -> None: ...
 
     def wrote(self, tensor: Tensor) -> None: ...
+
+    def ran(self, given: list[Tensor], written: list[Tensor], outputs: list[Tensor]) -> None: ...
+
+    def substituting(self) -> contextlib.AbstractContextManager[None]: ...
 
 
 class Recorder:
     """Collects the records of one step. Not thread-safe: one recorder belongs to one thread.
 
     ``rooms``: of lists on a GPU; new ones ask for exact lists. ``streams``: where recorded operations ran on a GPU.
+    ``links``: from outputs of compiled programs to those of their replays (:mod:`adcert.compiled`), as edges;
+    ``refused``: nodes of compiled programs without one, and why.
     """
 
     def __init__(self, names: dict[int, str] | None = None, rooms: Rooms | None = None) -> None:
@@ -143,6 +164,8 @@ class Recorder:
         self.records: list[OpRecord] = []
         self.rooms = Rooms() if rooms is None else rooms
         self.streams: dict[torch.cuda.Stream, None] = {}
+        self.links: Links = {}
+        self.refused: dict[Node, str] = {}
         self._names = names or {}
         self._uses: dict[str, int] = {}
         self._name = ""
@@ -151,11 +174,21 @@ class Recorder:
     def clear(self) -> None:
         self.records.clear()
         self.streams.clear()
+        self.links.clear()
+        self.refused.clear()
         self._uses.clear()
+
+    def edge(self, tensor: Tensor) -> Edge:
+        """Where a tensor of a graph stands in it; in a replay, if a compiled program has made it."""
+        return linked(self.links, (tensor.grad_fn, tensor.output_nr))
 
     def name_of(self, module: object, default: str) -> str:
         """Qualified name of a module in the monitored model, or ``default``."""
-        return self._names.get(id(module), default)
+        return self.name_at(id(module), default)
+
+    def name_at(self, module: int, default: str) -> str:
+        """:meth:`name_of` the module with this id."""
+        return self._names.get(module) or default
 
     def relu(self, x: Tensor, name: str, *, inplace: bool = False) -> Tensor:
         """``torch.relu`` (in place if asked), recording the units that touch the kink at 0."""
@@ -304,7 +337,7 @@ class Recorder:
             kept, above = kept.reshape(node._input_metadata[0].shape), node.next_functions[0]
             shape = shape if above[0] is None else above[0]._input_metadata[above[1]].shape
         record = OpRecord(self._name, node, rho, ties, touches, counts, kept, version, tuple(shape), room)
-        record.listed = not output.is_cuda
+        record.listed, record.links = not output.is_cuda, self.links
         self.records.append(record)
         if output.is_cuda:
             self.ran_on(output.device)
@@ -406,7 +439,9 @@ _state = threading.local()
 
 
 def active() -> Recorder | None:
-    """The recorder of the step that is running on this thread, or None."""
+    """The recorder of the step that is running on this thread, or None; None for code that is being compiled."""
+    if torch.compiler.is_dynamo_compiling():
+        return None  # compiled code is that of torch's own modules; adcert.compiled shows what it computes
     recorder: Recorder | None = getattr(_state, "recorder", None)
     return recorder
 

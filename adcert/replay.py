@@ -18,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from . import records
 from .adopted import adopt
 from .certificate import FREE
+from .compiled import uncompiled
 from .conclusion import Prints
 from .errors import AdcertError
 from .layers import Graph, Leaves
@@ -61,6 +62,7 @@ def replay(certificate: Certificate, closure: Callable[[], Tensor], model: torch
     Args:
         certificate: of the step to replay, with the model's parameters as they were then.
         closure: returns the scalar loss, without calling backward. Floating tensors it uses are cast to float64.
+            Compiled code in it runs uncompiled.
         model: the model; parameters, buffers, gradients and random states are restored afterwards.
         seed: of the noise that moves everything the witness leaves on a kink.
 
@@ -81,7 +83,7 @@ def replay(certificate: Certificate, closure: Callable[[], Tensor], model: torch
     if several or any(FREE in block.rules for block in certificate.blocks):
         return Replay(False, "not replayable: the gradient is a convex combination of several limits")
     devices = sorted({p.device.index for p in (*model.parameters(), *model.buffers()) if p.is_cuda})
-    with _float64(model):
+    with _float64(model), uncompiled():
         if _prints(closure, model, devices) != certificate.fingerprints:
             return Replay(
                 False, "not replayable: the float64 evaluation does not reproduce the recorded ties and touches"

@@ -69,6 +69,7 @@ class Walk:
     def push(self, edge: tuple[Node, int], differences: Differences, owner: Tensor, scaled: bool) -> None:
         if edge[0] is None:
             return  # a constant: its gradient is zero
+        (edge,) = self.graph.linked((edge,))
         keep = differences.plus != differences.minus
         if not bool(keep.all()):
             differences, owner = differences.select(keep), owner[keep]

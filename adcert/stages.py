@@ -103,7 +103,7 @@ def stages_above(graph: Graph, record: OpRecord, base: OpRecord, own: frozenset[
             current, (node, number), after = source, source.edge, _record(stages, source, shape)
             shape = source.input_shape
         elif kind in SAME_UNITS and source is None:
-            node, number = node.next_functions[0]
+            node, number = graph.edges[node][0]
             if node is not None and shape_of(node, number) != shape:
                 break
         elif kind in BATCH_NORM and number == 0 and after not in (Kind.NORM, Kind.CONV):
@@ -111,13 +111,13 @@ def stages_above(graph: Graph, record: OpRecord, base: OpRecord, own: frozenset[
                 return None
             stages.norm = node if stages.conv is None else stages.norm
             stages.add(Kind.NORM, axes_of(_POINT, shape[2:], shape[2:]), (shape[1], 1, shape[1]), node._saved_input)
-            (node, number), after = node.next_functions[0], Kind.NORM
+            (node, number), after = graph.edges[node][0], Kind.NORM
         elif kind == "ConvolutionBackward" and after is not Kind.CONV and _plain(graph, node, shape):
             shape = _convolution(stages, node, shape)
-            (node, number), after = node.next_functions[0], Kind.CONV
+            (node, number), after = graph.edges[node][0], Kind.CONV
         else:
             break
-    if stages.conv is None or graph.reaches(stages.conv.next_functions[0][0], own):
+    if stages.conv is None or graph.reaches(graph.edges[stages.conv][0][0], own):
         return None
     if len({tensor.device for tensor in (record.output, *stages.tensors)}) > 1:
         return None  # a model on several devices
@@ -149,7 +149,7 @@ def _sloped(norm: Node) -> bool:
 
 def _plain(graph: Graph, node: Node, shape: tuple[int, ...]) -> bool:
     """A convolution of images whose weight and bias are leaves or frozen, and input or weight differentiable."""
-    source, *parameters = (edge[0] for edge in node.next_functions)
+    source, *parameters = (edge[0] for edge in graph.edges[node])
     computed = any(edge is not None and graph.leaf(edge) is None for edge in parameters)
     return len(shape) == 4 and not node._saved_transposed and not computed and (source, parameters[0]) != (None, None)
 

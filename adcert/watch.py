@@ -8,14 +8,16 @@ becomes UNDECIDED.
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from types import CodeType, FrameType, FunctionType
 from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
+from torch._C._dynamo.eval_frame import _FrameAction, _FrameExecStrategy, set_code_exec_strategy
 from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
@@ -124,6 +126,8 @@ class Watch(TorchFunctionMode):
         self._rewritten: Notes[int] = Notes()  # versions that seen writes have given memory, by its base
         self._leaves: dict[int, tuple[Tensor, int]] = {}
         self._frozen: Notes[bool] = Notes()  # running statistics that the graph reads again in backward
+        self.modes = 0  # dispatch modes of our own
+        self.calls = 0
         recorder.witness = self
 
     def __enter__(self) -> Watch:
@@ -155,6 +159,9 @@ class Watch(TorchFunctionMode):
         self, func: Any, types: Iterable[type], args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if torch.compiler.is_dynamo_compiling():  # Dynamo traces the program as if there were no mode
+            return func(*args, **kwargs)
+        self.calls += 1
         if func in _GETTERS:
             if func == _GRAD_FN and not args[0].is_leaf:
                 self.assumptions[f"hooks on nodes of the graph, read{caller()}, leave its gradient as it is"] = None
@@ -213,6 +220,36 @@ class Watch(TorchFunctionMode):
         if tensor._is_view() and tensor.grad_fn not in self.made:
             self.replayed(tensor, tensor.grad_fn)
 
+    def ran(self, given: list[Tensor], written: list[Tensor], outputs: list[Tensor]) -> None:
+        """A compiled program has run on ``given``, some of which it has written to."""
+        live = any([tensor.requires_grad for tensor in given])
+        source = next((found for found in map(self.source_of, given) if found), None)
+        if source is None and live and torch.is_grad_enabled():
+            source = ("a compiled program", site())
+        for tensor in written:
+            if tensor.requires_grad:
+                self.problems[f"compiled code{caller()} writes to a tensor of the graph"] = None
+            elif source is not None or live:
+                source = source or ("a compiled program", site())
+                self._hidden.set(tensor, source)
+                self._written[tensor.untyped_storage()._cdata] = (tensor, source)
+        for tensor in outputs:
+            if tensor.requires_grad:
+                self._versions.set(tensor, tensor._version)
+            elif source is not None:
+                self._hidden.set(tensor, source)
+            elif live:
+                self.assumptions[f"values computed under no_grad by a compiled program{caller()} are constants"] = None
+
+    @contextlib.contextmanager
+    def substituting(self) -> Iterator[None]:
+        """Meanwhile a dispatch mode of our own gives operators the values of a compiled program."""
+        self.modes += 1
+        try:
+            yield
+        finally:
+            self.modes -= 1
+
     def wrote(self, tensor: Tensor) -> None:
         """A recorded operation has overwritten a tensor, and autograd knows."""
         self._versions.set(tensor, tensor._version)
@@ -264,6 +301,11 @@ class Watch(TorchFunctionMode):
         return found
 
 
+# Dynamo reads the mode when it traces a call under it. It must not compile the mode's own frame, which a call runs that
+# compiled code could not hold: there is_dynamo_compiling() would be true, and nobody would see the call.
+set_code_exec_strategy(Watch.__torch_function__.__code__, _FrameExecStrategy(_FrameAction.SKIP, _FrameAction.SKIP))
+
+
 class _Call:
     """One call: what it was given, and what its result has to be remembered for."""
 
@@ -308,7 +350,7 @@ class _Call:
         self.seen = target is not None and (not target.requires_grad or watch._versions.get(target) is not None)
         if _saved_hooks(True) is not None:
             self.problem(_HOOKED)
-        if _dispatch_modes():
+        if _dispatch_modes() > watch.modes:
             self.problem(f"a dispatch mode may replace what {self.name}{caller()} computes")
 
     def _sight(self, tensor: Tensor, version: int) -> None:
@@ -512,7 +554,8 @@ def version_of(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-_OURS = frozenset(f"adcert.{room}" for room in ("calls", "monitor", "records", "replay", "watch"))
+_ROOMS = "calls compiled monitor records replay substitution watch"
+_OURS = frozenset(f"adcert.{room}" for room in _ROOMS.split())
 
 
 _inner: dict[str, bool] = {}  # is a module torch's, or one of the recording ones?
