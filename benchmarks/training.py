@@ -22,16 +22,21 @@ Run = Callable[[Tensor, Tensor], Any]
 
 @dataclass(frozen=True)
 class Case:
-    """A network of the main job. ``low``: bfloat16 autocast; ``inplace``: every ReLU works in place."""
+    """A network of the main job. ``low``: bfloat16 autocast; ``inplace``: every ReLU works in place.
+
+    ``compiled``: both steps run ``torch.compile`` of their model, with inductor.
+    """
 
     model: str
     low: bool = False
     inplace: bool = False
     size: int = 32
     channels_last: bool = False
+    compiled: bool = False
 
     def __str__(self) -> str:
-        return f"{self.model}-{'bfloat16' if self.low else 'float32'}{'-inplace' if self.inplace else ''}"
+        further = f"{'-inplace' if self.inplace else ''}{'-compiled' if self.compiled else ''}"
+        return f"{self.model}-{'bfloat16' if self.low else 'float32'}{further}"
 
     def build(self, classes: int = 10, device: torch.device | str = "cpu") -> nn.Module:
         model = models.build(self.model, classes, size=self.size, seed=0).to(device)
@@ -89,9 +94,10 @@ class Race:
         certified = adcert.convert(copy.deepcopy(plain))
         self.models = plain, certified
         self.monitor = adcert.Monitor(certified)
+        run = [torch.compile(model, fullgraph=True) if case.compiled else model for model in self.models]
         self.steps: dict[str, Run] = {
-            "plain": trainer(plain, None, case.low),
-            "certified": trainer(certified, self.monitor, case.low),
+            "plain": trainer(run[0], None, case.low),
+            "certified": trainer(run[1], self.monitor, case.low),
         }
         self.seconds: dict[str, list[float]] = {"plain": [], "certified": []}
 
