@@ -72,8 +72,10 @@ class Activation:
         ``like`` has the dtype and the device of the step's tensor. A slope that its dtype rounds gets a radius.
         """
         table = [self.slopes[0]]
-        for proxy, slope in zip(self.proxies(like), self.slopes[1:], strict=True):
-            table += [proxy, slope]
+        proxies, sides = _measured(self, like.dtype, like.device)
+        for k, (proxy, ends) in enumerate(zip(proxies, self.ends, strict=True)):
+            side = 0 if sides is None else sides[k]  # a derivative of 1e-9 is measured as 0 in float16
+            table += [ends[side > 0] if side else proxy, self.slopes[k + 1]]
         stored = [math.nan if s is None else _stored(s, like.dtype) for s in table]
         place = code.long()
         value = torch.tensor(stored, dtype=torch.float64)[place]
@@ -126,7 +128,11 @@ def _measured(
         abs(b - low) <= 4 * unit and abs(a - high) <= 4 * unit
         for b, a, (low, high) in zip(below, above, rho.ends, strict=True)
     )
-    sides = tuple(_side(p, *ends, unit) for p, ends in zip(proxies, rho.ends, strict=True))
+    told = zip(proxies, rho.ends, strict=True)
+    if rho.given is None:
+        sides = tuple(_side(proxy, *ends, unit) for proxy, ends in told)
+    else:  # a number, not a measurement: 0.05 is no side of a ReLU, though bfloat16 hardly tells it from 0
+        sides = tuple(-1 if proxy == low else int(proxy == high) for proxy, (low, high) in told)
     return tuple(proxies), sides if near else None
 
 

@@ -1,0 +1,91 @@
+"""Mixed precision: literal cases of false certificates that must not be given."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import adcert
+from adcert import Certificate, Verdict, certify
+
+HALVES = (torch.bfloat16, torch.float16)
+LOW = (torch.float32, *HALVES)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def leaf(*values: float, dtype: torch.dtype = torch.float16) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(values, dtype=dtype))
+
+
+def verdict(loss: Callable[[], Tensor], *leaves: nn.Parameter) -> Certificate:
+    return certify(loss, nn.ParameterList(leaves))
+
+
+def under(dtype: torch.dtype | None, closure: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The closure under CPU autocast, or as it is."""
+
+    def run() -> Tensor:
+        with torch.autocast("cpu", dtype) if dtype is not None else contextlib.nullcontext():
+            return closure()
+
+    return run
+
+
+# ---- numbers that low precision takes for others -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", LOW)
+@pytest.mark.parametrize(("proxy", "side"), [(0.05, 0.0), (0.004, 0.0), (0.97, 1.0)])
+def test_a_proxy_near_a_side_is_not_that_side(dtype: torch.dtype, proxy: float, side: float) -> None:
+    """relu(w) - relu(w) is 0 with gradient 0; with proxies ``proxy`` and ``side`` AD gives their difference."""
+    w, near, exact = leaf(0.0, dtype=dtype), adcert.nn.ReLU(proxy=proxy), adcert.nn.ReLU(proxy=side)
+    found = verdict(lambda: (near(w) - exact(w)).sum(), w)
+    assert w.grad is not None and float(w.grad) != 0
+    assert found.verdict is not Verdict.CERTIFIED
+    assert verdict(lambda: (exact(w) - exact(w)).sum(), w).verdict is Verdict.CERTIFIED
+
+
+@pytest.mark.parametrize("kinked", [lambda x: F.leaky_relu(x, 1e-9), lambda x: F.elu(x, 1e-9)], ids=["leaky", "elu"])
+@pytest.mark.parametrize("dtype", LOW)
+def test_a_slope_that_underflows_is_not_zero(kinked: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    """relu(-l(x)) - l(x) at 0 has slopes -2e-9 on the left and -1 on the right; AD gives -1e-9, and 0 in float16."""
+    x = leaf(0.0, dtype=dtype)
+    assert verdict(lambda: (F.relu(-kinked(x)) - kinked(x)).sum(), x).verdict is not Verdict.CERTIFIED
+
+
+def test_float32_values_that_tie_as_bfloat16_have_rows_of_float32() -> None:
+    """max(bf16(a), bf16(b)) with a != b: whoever wins, the row is e_a - e_b, and the opposite choice contradicts it."""
+    pair = torch.tensor([[1.0, 1.001]])
+    assert pair[0, 0] != pair[0, 1] and bool((pair.bfloat16() == 1).all())
+    w = nn.Parameter(pair)
+    alone = verdict(lambda: F.max_pool1d(w.bfloat16()[None], 2).sum(), w)
+    assert alone.verdict is Verdict.CERTIFIED and alone.layers[0].rows == 1
+    turned = verdict(lambda: (F.max_pool1d(w.bfloat16(), 2) - F.max_pool1d(w.bfloat16().flip(1), 2)).sum(), w)
+    assert turned.verdict is Verdict.UNCERTIFIED
+    apart = verdict(lambda: F.max_pool1d(w[None], 2).sum(), w)
+    assert apart.verdict is Verdict.CERTIFIED and apart.layers[0].ties == 0
+
+
+def test_a_weight_that_underflows_hides_nothing_of_itself() -> None:
+    """w = 1e-9 is 0 in float16: the cast is w plus a constant. relu(x w) - relu(-x w) is x w, and AD gives 0."""
+    w = leaf(1e-9, dtype=torch.float32)
+    x = torch.ones(1, 1)
+
+    def loss() -> Tensor:
+        return (F.relu(F.linear(x, w[None])) - F.relu(-F.linear(x, w[None]))).float().sum()
+
+    found = verdict(under(torch.float16, loss), w)
+    assert w.grad is not None and float(w.grad) == 0
+    assert found.verdict is Verdict.UNCERTIFIED
