@@ -130,6 +130,7 @@ class StepAnalysis:
             if node in graph.position:
                 reasons.append((f"{message}: autograd does not see this dependence", None))
         reasons += [(problem, None) for problem in watch.problems]
+        reasons += watch.flags
         for node in graph.nodes:
             graph.leaf(node)  # names foreign leaves
         changed = self._check_leaves(watch)

@@ -1,8 +1,9 @@
-"""Are the gradients of a step finite? Asked at its end; on a device the answer comes when the worker needs it."""
+"""Are the gradients of a step finite? On a device the answer comes when the worker needs it."""
 
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -14,35 +15,52 @@ from .transfer import Batch, follow, in_use
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """``problems``: what is known already; ``names``, ``sizes``: gradients on a device, and their largest entries."""
+    """``problems``: what is known already; ``away``: names of gradients on a device, and their largest entries."""
 
     problems: list[str]
-    names: list[str]
-    sizes: Batch
+    away: list[tuple[list[str], Batch]]
 
     def late(self) -> list[str]:
         """The problem of the first gradient on a device that has one; waits for all of them."""
-        sizes = zip(self.names, self.sizes.wait(), strict=True)
+        sizes = [pair for names, batch in self.away for pair in zip(names, batch.wait(), strict=True)]
         return [_problem(name) for name, size in sizes if not math.isfinite(float(size))][:1]
 
 
-def examine(leaves: Iterable[tuple[str, Tensor]], streams: Iterable[torch.cuda.Stream]) -> Gradients:
-    """Look at the gradients of named leaves, without waiting for a device. ``streams``: of the step."""
-    problems: list[str] = []
-    away: dict[str, Tensor] = {}
-    for name, leaf in leaves:
-        if leaf.grad is None:
-            continue
-        grad = leaf.grad._values() if leaf.grad.is_sparse else leaf.grad
-        if grad.is_cuda:
-            if grad.numel():
-                away[name] = grad
-        # the sum first: it reads the gradient once and seldom overflows
-        elif not problems and not bool(torch.isfinite(grad.sum())) and not bool(torch.isfinite(grad).all()):
-            problems.append(_problem(name))
-    if away:
-        follow(streams)
-    return Gradients(problems, list(away), Batch(_sizes(list(away.values())), patient=True))
+class Examination:
+    """Looks at gradients after every backward pass of a step, before anybody clips, unscales or frees them."""
+
+    def __init__(self) -> None:
+        self.found = Gradients([], [])
+        self._seen: dict[str, tuple[weakref.ref[Tensor], int]] = {}
+
+    def look(self, gradients: Iterable[tuple[str, Tensor | None]], streams: Iterable[torch.cuda.Stream]) -> None:
+        """Named gradients, without waiting for a device; those that were looked at as they are, are not read again.
+
+        ``streams``: of the step.
+        """
+        away: dict[str, Tensor] = {}
+        for name, given in gradients:
+            if given is None or self._known(name, given):
+                continue
+            grad = given.detach()
+            grad = grad._values() if grad.is_sparse else grad
+            if grad.is_cuda:
+                if grad.numel():
+                    away[name] = grad
+            # the sum first: it reads the gradient once and seldom overflows
+            elif not bool(torch.isfinite(grad.sum())) and not bool(torch.isfinite(grad).all()):
+                self.found.problems[:] = self.found.problems or [_problem(name)]
+        if away:
+            follow(streams)
+            self.found.away.append((list(away), Batch(_sizes(list(away.values())), patient=True)))
+
+    def _known(self, name: str, grad: Tensor) -> bool:
+        if grad.is_inference():  # without a version
+            return False
+        held, version = self._seen.get(name, (None, 0))
+        known = held is not None and held() is grad and version == grad._version
+        self._seen[name] = weakref.ref(grad), grad._version
+        return known
 
 
 def _sizes(grads: Sequence[Tensor]) -> list[Tensor]:

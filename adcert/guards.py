@@ -46,7 +46,25 @@ def _inside(low: float, high: float) -> Callable[[Node], Answer]:
 
 
 def _finite(name: str) -> Callable[[Node], Answer]:
-    return lambda node: _told(torch.isfinite(_saved(node, name)).all())
+    """Also for functions that make an ordinary number of an infinite one: an overflow is to be seen, not swallowed."""
+
+    def smooth(node: Node) -> Answer:
+        value = _saved(node, name)
+        return value is not None and finite(torch.as_tensor(value))
+
+    return smooth
+
+
+def _finite_input(node: Node) -> Answer:
+    """Of a function that has a limit at infinity; in place it keeps its result, and :mod:`adcert.watch` has looked."""
+    return _finite("self" if _saved(node, "self") is not None else "result")(node)
+
+
+def finite(x: Tensor) -> Answer:
+    """No entry is NaN or infinite; the sum tells it in most cases, in one quick pass."""
+    if not x.is_cuda and bool(torch.isfinite(x.detach().sum())):
+        return True
+    return _told(torch.isfinite(x).all())
 
 
 # ---- away from singular points ---------------------------------------------------------------------------------
@@ -55,18 +73,28 @@ def _finite(name: str) -> Callable[[Node], Answer]:
 def _division(node: Node) -> Answer:
     other = node._saved_other
     rounded = _saved(node, "rounding_mode") is not None
-    return not rounded and (other is None or _told((torch.as_tensor(other) != 0).all()))
+    return not rounded and (other is None or _divisor(torch.as_tensor(other)))
+
+
+def _divisor(x: Tensor | None) -> Answer:
+    """Neither 0 nor infinite: what is divided by an overflow is 0, and so is its derivative."""
+    return x is not None and _told(((x != 0) & torch.isfinite(x)).all())
+
+
+def _between_0_and_infinity(x: Tensor) -> Answer:
+    return _told(((x > 0) & (x < math.inf)).all())
 
 
 def _quotient(node: Node) -> Answer:
-    return clear(_saved(node, "tensor2"), 0.0)
+    return _divisor(_saved(node, "tensor2"))
 
 
 def _power(node: Node) -> Answer:
     exponent = node._saved_exponent
     if isinstance(exponent, (int, float)) and float(exponent).is_integer():
-        return exponent >= 0 or clear(_saved(node, "self"), 0.0)
-    return _positive("self")(node)
+        return exponent >= 0 or _divisor(_saved(node, "self"))
+    x = _saved(node, "self")
+    return x is not None and _between_0_and_infinity(torch.as_tensor(x))
 
 
 def _plain_embedding(node: Node) -> Answer:
@@ -95,12 +123,14 @@ def _softplus(node: Node) -> Answer:
     if x is None:
         return False
     far = (x.to(torch.float64) * float(node._saved_beta) - threshold).abs() > 0.02 * abs(threshold)
-    return _told(far.all())
+    return _told((far & torch.isfinite(x)).all())
 
 
 def _elu(node: Node) -> Answer:
     """Its derivative is continuous if both sides have the same slope at 0."""
-    return float(node._saved_alpha) * float(node._saved_input_scale) == 1.0 or clear(_saved(node, "self"), 0.0)
+    if float(node._saved_alpha) * float(node._saved_input_scale) == 1.0:
+        return _finite_input(node)
+    return clear(_saved(node, "self"), 0.0)
 
 
 def _probability(node: Node) -> Answer:
@@ -251,14 +281,17 @@ GUARDED: dict[str, Callable[[Node], Answer]] = {
     "ErfinvBackward": _inside(-1.0, 1.0),
     "AcoshBackward": _inside(1.0, float("inf")),
     "TanBackward": _finite("result"),
-    "ReciprocalBackward": _finite("result"),
+    "ReciprocalBackward": lambda node: _divisor(_saved(node, "result")),
     "PowBackward": _power,
     "StdBackward": _positive("result"),
     "StdMeanBackward": _positive("result0"),
     "LinalgVectorNormBackward": _euclidean,
     "NormBackward": _euclidean,
     "HypotBackward": _positive("result"),
-    "WeightNormInterfaceBackward": _positive("result1"),
+    "WeightNormInterfaceBackward": lambda node: _between_0_and_infinity(node._saved_result1),
+    **dict.fromkeys(
+        [f"{name}Backward" for name in "Atan Celu Erf Erfc Glu LogSigmoid SoftMarginLoss".split()], _finite_input
+    ),
     "SoftplusBackward": _softplus,
     "EluBackward": _elu,
     "SmoothL1LossBackward": lambda node: float(node._saved_beta) > 0,

@@ -19,7 +19,7 @@ from .analysis import StepAnalysis
 from .certificate import Certificate, Verdict
 from .conclusion import Observed, conclude, failed
 from .errors import AdcertError, UncertifiedError
-from .gradients import examine
+from .gradients import Examination
 from .lists import Rooms
 from .log import Log
 from .records import Recorder
@@ -45,8 +45,9 @@ class Step:
         self.skipped = skipped
         self._analysis = analysis
         self._recorder = recorder
-        self._watch = None if analysis is None else Watch(recorder, self._on_root)
+        self._watch = None if analysis is None else Watch(recorder, self._on_root, self._on_gradients)
         self._ended = False
+        self._examination = Examination()
         self._began = time.perf_counter()
         self._wait: Callable[[Callable[[], bool]], None] | None = None
         self._certificate: Certificate | None = None
@@ -105,6 +106,28 @@ class Step:
                 record.release()
         analysis.seconds["analysis"] += time.perf_counter() - start
 
+    def _on_gradients(self, inputs: Any, result: Any) -> None:
+        """``result``: what autograd.grad returned for its ``inputs``; else the gradients are in ``.grad``."""
+        analysis = self._analysis
+        if analysis is None:
+            return
+        start = time.perf_counter()
+        with torch.no_grad(), torch._C.DisableTorchFunction():
+            try:
+                if result is None:
+                    self._look(analysis)
+                else:
+                    given = [inputs] if isinstance(inputs, Tensor) else list(inputs)
+                    names = [analysis.leaves.name(t) if t.is_leaf else "an input of autograd.grad" for t in given]
+                    self._examination.look(zip(names, result, strict=False), self._recorder.streams)
+            except Exception as error:  # the user's training goes on; the step is undecided, loudly
+                analysis.failures[f"the gradients could not be examined ({type(error).__name__}: {error})"] = None
+        analysis.seconds["analysis"] += time.perf_counter() - start
+
+    def _look(self, analysis: StepAnalysis) -> None:
+        gradients = ((name, leaf.grad) for name, leaf in analysis.leaves.trainable().items())
+        self._examination.look(gradients, self._recorder.streams)
+
     @contextmanager
     def _running(self) -> Iterator[None]:
         if self._watch is None:
@@ -121,8 +144,8 @@ class Step:
         start = time.perf_counter()
         try:
             with torch.no_grad(), torch._C.DisableTorchFunction():
-                gradients = examine(analysis.leaves.trainable().items(), self._recorder.streams)
-                observed = analysis.observed(gradients, watch.assumptions)
+                self._look(analysis)
+                observed = analysis.observed(self._examination.found, watch.assumptions)
         except Exception as error:  # the user's training goes on; the step is undecided, loudly
             observed = Observed.nothing(f"the analysis failed with {type(error).__name__}: {error}", analysis.strict)
         now = time.perf_counter()

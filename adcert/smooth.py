@@ -5,8 +5,7 @@ from __future__ import annotations
 from .movement import PARTS
 from .normalization import BATCH_NORM
 
-# Anything else unrecorded means UNDECIDED. Celu has a continuous derivative only, which is all that Theorem E4 asks of
-# what lies between the kinks: its proof uses that gradients converge where values do.
+# Anything else unrecorded means UNDECIDED.
 _NAMES = """
     Add Sub Rsub Mul Neg View UnsafeView ReshapeAlias Squeeze Unsqueeze Expand Permute Transpose T Slice
     Select Cat Stack Split SplitWithSizes UnsafeSplit UnsafeSplitWithSizes Unbind ConstantPadNd Clone ToCopy Alias
@@ -14,9 +13,9 @@ _NAMES = """
     ReflectionPad1D ReflectionPad2D ReflectionPad3D ReplicationPad1D ReplicationPad2D ReplicationPad3D
     PixelShuffle PixelUnshuffle ChannelShuffle Index IndexSelect Gather Take Where MaskedFill MaskedSelect ScatterAdd
     IndexAdd Cumsum Mean Sum Convolution Addmm Mm Bmm Baddbmm Addbmm Mv Addmv Addr Dot Vdot Linear Addcmul Lerp
-    Trilinear Prod Cumprod Exp Exp2 Expm1 Tanh Sigmoid LogSigmoid Gelu Silu Mish Glu Celu Sin Cos Sinh Cosh Atan Asinh
-    Erf Erfc Deg2Rad Rad2Deg NativeLayerNorm NativeGroupNorm LogSoftmax Softmax SafeSoftmax Logsumexp
-    Logcumsumexp NllLoss NllLoss2D SoftMarginLoss BinaryCrossEntropyWithLogits Var VarMean AvgPool2D
+    Trilinear Prod Cumprod Exp Exp2 Expm1 Tanh Sigmoid Gelu Silu Mish Sin Cos Sinh Cosh Asinh
+    Deg2Rad Rad2Deg NativeLayerNorm NativeGroupNorm LogSoftmax Softmax SafeSoftmax Logsumexp
+    Logcumsumexp NllLoss NllLoss2D BinaryCrossEntropyWithLogits Var VarMean AvgPool2D
     AvgPool3D AvgPool1D AdaptiveAvgPool2D AdaptiveAvgPool3D MkldnnAdaptiveAvgPool2D NativeDropout UpsampleLinear1D
     UpsampleBilinear2D UpsampleBicubic2D UpsampleTrilinear3D ScaledDotProductFlashAttentionForCpu
     ScaledDotProductFlashAttention ScaledDotProductEfficientAttention ScaledDotProductCudnnAttention

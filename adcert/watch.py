@@ -24,6 +24,7 @@ from torch.utils._device import DeviceContext
 
 from .calls import record
 from .functions import named, opaque, plain, writes_analytically
+from .guards import finite
 from .layers import ACCUMULATE, COPY_SLICES
 from .records import Node, Recorder
 from .smooth import ANALYTIC
@@ -57,6 +58,8 @@ _OPEN = frozenset(
         Tensor.untyped_storage,
     }
 )
+# They make ordinary numbers of infinite ones, which their nodes do not show.
+_SATURATING = frozenset("sigmoid sigmoid_ expit tanh tanh_ elu elu_ celu celu_".split())
 _HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook"})
 # Their schemas do not say that they write running statistics, and autograd does not learn of it.
 _NORMS = frozenset(
@@ -72,6 +75,7 @@ _HOOKED = "saved-tensor hooks (activation checkpointing or offloading) are activ
 _saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 OnRoot = Callable[[list[Tensor], Any, bool], None]
+OnGradients = Callable[[Any, Any], None]
 Note = TypeVar("Note")
 
 
@@ -102,7 +106,8 @@ class Notes(Generic[Note]):
 
 
 class Watch(TorchFunctionMode):
-    """Sees every torch function the step calls. ``on_root(roots, inputs, keep)`` runs before each backward pass.
+    """Sees every torch function the step calls. ``on_root(roots, inputs, keep)`` runs before each backward pass,
+    ``on_gradients(inputs, result)`` after it.
 
     ``keep``: the pass may leave the graph intact for another one. ``made``: graph nodes that came from seen calls.
     ``mixed``: (node, message) where a hidden value steers a differentiable one. ``problems``: reasons that hold for
@@ -110,14 +115,18 @@ class Watch(TorchFunctionMode):
     write an analytic function of their inputs into a view.
     """
 
-    def __init__(self, recorder: Recorder, on_root: OnRoot) -> None:
+    def __init__(
+        self, recorder: Recorder, on_root: OnRoot, on_gradients: OnGradients = lambda inputs, result: None
+    ) -> None:
         super().__init__()
         self.recorder = recorder
         self.on_root = on_root
+        self.on_gradients = on_gradients
         self.made: dict[Node, Origin] = {}
         self.mixed: list[tuple[Node, str]] = []
         self.assumptions: dict[str, None] = {}
         self.problems: dict[str, None] = {}
+        self.flags: list[tuple[str, Tensor]] = []  # problems, where a device's flag is false
         self.pasted: set[Node] = set()
         self._hidden: Notes[Origin] = Notes()
         self._aliases: Notes[Tensor] = Notes()
@@ -287,6 +296,7 @@ class Watch(TorchFunctionMode):
         keep = bool(kwargs.get("retain_graph") or kwargs.get("create_graph")) or len(args) > 2
         self.on_root([roots] if isinstance(roots, Tensor) else list(roots), inputs, keep)
         result = func(*args, **kwargs)
+        self.on_gradients(inputs, result)
         for gradient in list_tensors(result):  # a function of the parameters, without a graph
             if not gradient.requires_grad:
                 self._hidden.set(gradient, (func.__name__, site()))
@@ -348,10 +358,22 @@ class _Call:
         # A view made out of sight loses the node that says so when it is written to.
         target = self.target
         self.seen = target is not None and (not target.requires_grad or watch._versions.get(target) is not None)
+        if self.live and self.name in _SATURATING and torch.is_grad_enabled():
+            self._bounded()
         if _saved_hooks(True) is not None:
             self.problem(_HOOKED)
         if _dispatch_modes() > watch.modes:
             self.problem(f"a dispatch mode may replace what {self.name}{caller()} computes")
+
+    def _bounded(self) -> None:
+        """An overflow must not pass as the limit of the function."""
+        text = f"{self.name}{caller()} is given NaN or infinite values"
+        for tensor in self.tensors:
+            found = finite(tensor)
+            if isinstance(found, Tensor):
+                self.watch.flags.append((text, found))
+            elif not found:
+                self.problem(text)
 
     def _sight(self, tensor: Tensor, version: int) -> None:
         """Note where a differentiable tensor stands; it must not have changed since it was last seen."""

@@ -101,7 +101,7 @@ def test_a_kink_that_is_no_float_counts_in_every_precision() -> None:
 def test_continuous_derivatives_pass_at_the_seam() -> None:
     assert guard(F.elu, 0.0)
     assert not guard(F.selu, 0.0)
-    assert "CeluBackward" in ANALYTIC
+    assert guard(F.celu, 0.0)
     assert guard(lambda x: F.smooth_l1_loss(x, torch.zeros(1).double()), 1.0)
     assert guard(lambda x: F.huber_loss(x, torch.zeros(1).double()), 1.0)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adcert
-from adcert import Certificate, Verdict, certify
+from adcert import Certificate, Monitor, Verdict, certify
 
 HALVES = (torch.bfloat16, torch.float16)
 LOW = (torch.float32, *HALVES)
@@ -89,3 +89,93 @@ def test_a_weight_that_underflows_hides_nothing_of_itself() -> None:
     found = verdict(under(torch.float16, loss), w)
     assert w.grad is not None and float(w.grad) == 0
     assert found.verdict is Verdict.UNCERTIFIED
+
+
+# ---- infinities --------------------------------------------------------------------------------------------------
+
+SWALLOWED: dict[str, Callable[[Tensor], Tensor]] = {
+    "divided by": lambda inf: 1 / (inf * 1.0),
+    "a constant over": lambda inf: torch.ones_like(inf) / inf,
+    "reciprocal": torch.reciprocal,
+    "rsqrt": torch.rsqrt,
+    "negative power": lambda inf: inf**-2,
+    "fractional power": lambda inf: inf**-0.5,
+    "sigmoid": torch.sigmoid,
+    "sigmoid in place": lambda inf: (inf * 1.0).sigmoid_(),
+    "tanh": lambda inf: torch.tanh(-inf),
+    "erf": torch.erf,
+    "erfc": torch.erfc,
+    "atan": torch.atan,
+    "log-sigmoid": F.logsigmoid,
+    "softplus": lambda inf: F.softplus(-inf),
+    "elu": lambda inf: F.elu(-inf),
+    "elu in place": lambda inf: F.elu(-inf, inplace=True),
+    "celu": lambda inf: F.celu(-inf),
+    "gate": lambda inf: F.glu(torch.cat([torch.ones_like(inf), inf])),
+    "clamped": lambda inf: inf.clamp(max=5.0),
+    "maximum": lambda inf: torch.minimum(inf, torch.ones_like(inf)),
+}
+
+
+@pytest.mark.parametrize("swallow", SWALLOWED.values(), ids=SWALLOWED)
+def test_an_overflow_that_is_swallowed_is_undecided(swallow: Callable[[Tensor], Tensor]) -> None:
+    """300 * 300 is infinite in float16; loss and gradient are finite all the same."""
+    u, w = leaf(300.0), leaf(0.0)
+    small = leaf(2.0)
+    found = verdict(lambda: (F.relu(w) + swallow(u * 300.0)).sum(), w, u)
+    assert u.grad is not None and bool(torch.isfinite(u.grad).all())
+    assert found.verdict is Verdict.UNDECIDED and found.reasons
+    assert verdict(lambda: (F.relu(w) + swallow(small * 3.0)).sum(), w, small).verdict is Verdict.CERTIFIED
+
+
+def test_an_overflow_that_nobody_reads_is_no_matter() -> None:
+    u, w = leaf(300.0), leaf(0.0)
+    mask = torch.tensor([True])
+    assert verdict(lambda: (F.relu(w) + torch.where(mask, w, u * 300.0)).sum(), w, u).verdict is Verdict.CERTIFIED
+
+
+def clipped(w: nn.Parameter) -> None:
+    nn.utils.clip_grad_value_([w], 1.0)
+
+
+def zeroed(w: nn.Parameter) -> None:
+    assert w.grad is not None
+    w.grad.zero_()
+
+
+def freed(w: nn.Parameter) -> None:
+    w.grad = None
+
+
+@pytest.mark.parametrize("after", [clipped, zeroed, freed, lambda w: None], ids=["clipped", "zeroed", "freed", "kept"])
+def test_gradients_that_were_not_finite_stay_so(after: Callable[[nn.Parameter], None]) -> None:
+    """float16 holds no gradient of 9e4, whatever becomes of it before the block ends."""
+    w = leaf(1.0)
+    with Monitor(nn.ParameterList([w])).step() as step:
+        (F.relu(w).float() * 9e4).sum().backward()
+        after(w)
+    assert step.certificate().verdict is Verdict.UNDECIDED
+    assert step.certificate().reasons == ["the gradient of 0 is not finite"]
+
+
+def test_gradients_of_autograd_grad_are_looked_at() -> None:
+    w = leaf(1.0)
+    for factor, expected in ((9e4, Verdict.UNDECIDED), (1.0, Verdict.CERTIFIED)):
+        with Monitor(nn.ParameterList([w])).step() as step:
+            torch.autograd.grad((F.relu(w).float() * factor).sum(), [w])
+        assert step.certificate().verdict is expected
+
+
+def test_an_overflow_is_skipped_by_the_scaler_and_undecided() -> None:
+    w = leaf(1.0, dtype=torch.float32)
+    scaler, optimizer = torch.amp.GradScaler("cpu", init_scale=2.0**16), torch.optim.SGD([w], 0.5)
+    monitor, seen = Monitor(nn.ParameterList([w])), []
+    for _ in range(3):
+        optimizer.zero_grad()
+        with monitor.step() as step:
+            loss = (F.relu(w.half()).float() * 1.5).sum()
+            scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        seen.append((step.certificate().verdict.value, w.item()))
+    assert seen == [("undecided", 1.0), ("certified", 0.25), ("certified", -0.5)]

@@ -342,7 +342,7 @@ def test_a_failing_end_of_a_step_leaves_the_training_alone(monkeypatch: pytest.M
     def defect(*_: object) -> list[str]:
         raise KeyError("a defect")
 
-    monkeypatch.setattr(driver, "examine", defect)
+    monkeypatch.setattr(driver.Step, "_look", defect)
     monitor = adcert.Monitor(network())
     (step,) = steps(monitor, monitor.model, 1)
     assert step.certificate().verdict is Verdict.UNDECIDED
