@@ -125,12 +125,12 @@ class StepAnalysis:
         self, graph: Graph, roots: Sequence[Tensor], inputs: Iterable[Tensor] | Tensor | None, watch: Watch
     ) -> list[tuple[str, Tensor | None]]:
         """Reasons for failure; one with a flag, on a device, holds only if the flag is false."""
-        reasons = audit_graph(graph, watch, roots)
+        reasons: list[tuple[str, Tensor | None]] = [(problem, None) for problem in watch.problems]
+        reasons += watch.flags
+        reasons += audit_graph(graph, watch, roots)
         for node, message in watch.mixed:
             if node in graph.position:
                 reasons.append((f"{message}: autograd does not see this dependence", None))
-        reasons += [(problem, None) for problem in watch.problems]
-        reasons += watch.flags
         for node in graph.nodes:
             graph.leaf(node)  # names foreign leaves
         changed = self._check_leaves(watch)

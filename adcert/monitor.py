@@ -145,6 +145,8 @@ class Step:
         try:
             with torch.no_grad(), torch._C.DisableTorchFunction():
                 self._look(analysis)
+                if not analysis.roots:
+                    analysis.failures.update(watch.problems)
                 observed = analysis.observed(self._examination.found, watch.assumptions)
         except Exception as error:  # the user's training goes on; the step is undecided, loudly
             observed = Observed.nothing(f"the analysis failed with {type(error).__name__}: {error}", analysis.strict)

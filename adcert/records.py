@@ -417,20 +417,14 @@ def recordable(x: Tensor) -> bool:
     On a GPU that happens on autograd's own thread, where no recorder is active and torch's operators save other
     tensors than ours.
     """
-    if not (x.requires_grad and torch.is_grad_enabled() and x.is_floating_point()) or _transformed():
+    if not (x.requires_grad and torch.is_grad_enabled() and x.is_floating_point()) or transformed():
         return False
-    if x.layout is not torch.strided or x.is_nested or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False  # sparse, nested, or inside vmap and torch.func.grad: the recording kernels know none of them
-    if forward_ad._current_level >= 0 or torch._C._is_tracing():
-        return False
-    if x.layout is not torch.strided or x.is_nested or torch._C._functorch.peek_interpreter_stack() is not None:
-        return False  # sparse, nested, or inside vmap and torch.func.grad: the recording kernels know none of them
-    if forward_ad._current_level >= 0 or torch._C._is_tracing():
-        return False
+    if x.layout is not torch.strided or x.is_nested or torch._C._is_tracing():
+        return False  # the recording kernels know none of them
     return not x.is_cuda or torch._C._autograd._top_saved_tensors_default_hooks(True) is None
 
 
-def _transformed() -> bool:
+def transformed() -> bool:
     """Is a transform (vmap, grad, jvp) or forward mode active? Values are wrapped then; operators have no rules."""
     return forward_ad._current_level >= 0 or torch._C._functorch.peek_interpreter_stack() is not None
 

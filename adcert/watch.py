@@ -26,7 +26,7 @@ from .calls import record
 from .functions import named, opaque, plain, writes_analytically
 from .guards import finite
 from .layers import ACCUMULATE, COPY_SLICES
-from .records import Node, Recorder
+from .records import Node, Recorder, transformed
 from .smooth import ANALYTIC
 
 # Their results depend on shapes, types and devices only, never on values.
@@ -72,6 +72,7 @@ _BACKWARD = frozenset({Tensor.backward, torch.autograd.backward, torch.autograd.
 Site = tuple[CodeType, int]  # a line of somebody's program
 Origin = tuple[str, Site | None]  # a function, and where it was called
 _HOOKED = "saved-tensor hooks (activation checkpointing or offloading) are active: not supported"
+_TRANSFORMED = "a transform of torch.func (grad, vjp, jvp, vmap) or forward mode computes part of the step"
 _saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 OnRoot = Callable[[list[Tensor], Any, bool], None]
@@ -189,6 +190,9 @@ class Watch(TorchFunctionMode):
             if func in _OPEN:
                 self.assumptions[f"constants whose memory was handed out{caller()} are not written through it"] = None
             return func(*args, **kwargs)
+        if transformed():
+            self._refuse()
+            return func(*args, **kwargs)
         call = _Call(self, func, args, kwargs, tensors)
         output = record(self.recorder, func, args, kwargs, caller)
         call.known = output is not NotImplemented
@@ -201,6 +205,12 @@ class Watch(TorchFunctionMode):
         except RuntimeError as error:  # autograd refuses to tell about some views; the user's program may go on
             call.problem(f"{call.name}{caller()} cannot be followed: {error}")
         return iter(output) if call.name in ("__iter__", "__reversed__") else output
+
+    def _refuse(self) -> None:
+        """Values are wrapped inside a transform, and its gradients are not those of a graph."""
+        if not any(problem.startswith(_TRANSFORMED) for problem in self.problems):
+            text = "call it outside of the step, or compute the step's gradient by backward()"
+            self.problems[f"{_TRANSFORMED}{caller()}: {text}"] = None
 
     def _concerned(self, tensors: list[Tensor]) -> bool:
         """May one of these, none of which requires grad, hold or share what has left the graph?"""
@@ -288,6 +298,9 @@ class Watch(TorchFunctionMode):
         inputs = kwargs.get("inputs")
         if func is torch.autograd.grad and inputs is None and len(args) > 1:
             inputs = args[1]
+        if transformed():
+            self._refuse()
+            return func(*args, **kwargs)
         others = list_tensors(args[1:], {k: v for k, v in kwargs.items() if k != "inputs"})
         if any(self.source_of(t) for t in others):
             self.problems[

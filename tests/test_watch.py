@@ -494,3 +494,73 @@ def test_programs_that_no_kernel_of_ours_can_run_go_on(name: str, function: Call
     assert plain.grad is not None
     assert ours.grad is not None
     assert torch.equal(plain.grad, ours.grad)
+
+
+# ---- torch.func ----------------------------------------------------------------------------------
+
+
+Losses = dict[str, Callable[[nn.Module], object]]
+
+
+def _transforms() -> Losses:
+    """Per-sample and other gradients of a network, by torch.func."""
+    x, y = torch.arange(96.0).reshape(2, 3, 4, 4) % 7 - 3, torch.tensor([0, 1])
+
+    def loss(model: nn.Module, p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        return F.cross_entropy(torch.func.functional_call(model, p, (x,)), y)
+
+    def one(model: nn.Module) -> object:
+        return torch.func.grad(lambda p: loss(model, p, x, y))(dict(model.named_parameters()))
+
+    def each(model: nn.Module) -> object:
+        single = torch.func.grad(lambda p, x, y: loss(model, p, x[None], y[None]))
+        return torch.vmap(single, (None, 0, 0))(dict(model.named_parameters()), x, y)
+
+    def back(model: nn.Module) -> object:
+        _, pull = torch.func.vjp(lambda p: loss(model, p, x, y), dict(model.named_parameters()))
+        return pull(torch.ones(()))
+
+    def forward(model: nn.Module) -> object:
+        p = dict(model.named_parameters())
+        return torch.func.jvp(lambda p: loss(model, p, x, y), (p,), (p,))[1]
+
+    return {"grad": one, "vmap of grad": each, "vjp": back, "jvp": forward}
+
+
+def _small() -> nn.Sequential:
+    torch.manual_seed(0)
+    layers = nn.Conv2d(3, 4, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(16, 2)
+    return nn.Sequential(*layers)
+
+
+@pytest.mark.parametrize("name", _transforms())
+def test_torch_func_is_refused_in_a_step_and_right_outside(name: str) -> None:
+    """Values are wrapped inside a transform, where no kernel of ours can look; results are torch's everywhere."""
+    run = _transforms()[name]
+    plain, model = _small(), adcert.convert(_small())
+    expected, outside = run(plain), run(model)
+    with adcert.Monitor(model).step() as step:
+        inside = run(model)
+        model(torch.ones(1, 3, 4, 4)).sum().backward()
+    (reason, *_) = step.certificate().reasons
+    assert reason.startswith("a transform of torch.func (grad, vjp, jvp, vmap) or forward mode computes part of")
+    assert "test_watch.py" in reason and "outside of the step" in reason
+    for found in (outside, inside):
+        pairs = zip(*map(torch.utils._pytree.tree_leaves, (expected, found)), strict=True)
+        assert all(torch.equal(a, b) for a, b in pairs)
+
+
+def test_a_step_of_transforms_alone_says_so() -> None:
+    model = adcert.convert(_small())
+    with adcert.Monitor(model).step() as step:
+        _transforms()["grad"](model)
+    (reason,) = step.certificate().reasons
+    assert "torch.func" in reason
+
+
+def test_functional_call_is_followed() -> None:
+    """The parameters are those handed in: here the model's own."""
+    model = adcert.convert(_small())
+    parameters = dict(model.named_parameters())
+    found = adcert.certify(lambda: torch.func.functional_call(model, parameters, torch.ones(2, 3, 4, 4)).sum(), model)
+    assert found.verdict is adcert.Verdict.CERTIFIED and set(found.shapes) == set(parameters)
