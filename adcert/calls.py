@@ -73,7 +73,13 @@ def _relu(recorder: Recorder, call: Call) -> Any:
 
 
 def _prelu(recorder: Recorder, call: Call) -> Any:
+    """Under autocast it runs in autocast's dtype, and so do its record and :func:`ops.prelu`."""
     x, weight = call.given["input"], call.given["weight"]
+    if torch.is_autocast_enabled(x.device.type):
+        narrow = torch.get_autocast_dtype(x.device.type)
+        with torch._C.DisableTorchFunction():
+            x, weight = (t.to(narrow) if t.dtype != torch.float64 else t for t in (x, weight))
+        call = replace(call, run=lambda: F.prelu(x, weight))
     shape = [1] * x.dim()
     if weight.numel() != 1:
         if x.dim() < 2 or x.shape[1] != weight.numel():
@@ -447,7 +453,8 @@ def _fractional(spatial: int, pool: Callable[..., Any]) -> Handler:
         def choice(result: Any) -> Choice:
             output, indices = _with_indices(result)
             sizes = zip(sample_of, x.shape[-spatial:], output.shape[-spatial:], kernel, strict=True)
-            axes = [_intervals(samples[:, k], size, count, cells) for k, size, count, cells in sizes]
+            places = samples.to(output.dtype)  # autocast may pool in a wider dtype
+            axes = [_intervals(places[:, k], size, count, cells) for k, size, count, cells in sizes]
             return choices.windowed(x, output, _planar(x, indices, spatial), axes)
 
         return recorder.chosen(x, call.name, lambda: pool(**given), choice)

@@ -351,9 +351,9 @@ def windowed(x: Tensor, output: Tensor, chosen: Tensor, axes: Sequence[Tensor]) 
 
     ``axes``: for each of them int64 [outputs, cells], or [planes, outputs, cells], the input places of every window, -1
     where there is none.
-    ``chosen``: flat input of every output.
+    ``chosen``: flat input of every output. Autocast may have pooled x in a wider dtype, that of the output.
     """
-    found = ops.window_ties(x, output, [axis.to(x.device) for axis in axes])
+    found = ops.window_ties(x.to(output.dtype), output, [axis.to(x.device) for axis in axes])
     if int(found.counts[3]):
         raise ValueError("an output of a pooling is not in the window it should come from")
     winner = chosen.reshape(-1)[found.owner]

@@ -250,7 +250,7 @@ class Recorder:
             self._begin(x, name)
             result = run()
             output = result if isinstance(result, Tensor) else result[0]
-            node = _node_from(output, source)
+            node = _node_from(output, source, widened=True)
             if node is None:
                 return result
             with torch.no_grad():
@@ -373,20 +373,32 @@ def _edge_of(x: Tensor) -> tuple[Any, int]:
     return (x.grad_fn, x.output_nr) if x.grad_fn is not None else (x if x.requires_grad else None, 0)
 
 
-def _node_from(output: Tensor, source: tuple[Any, int]) -> Node | None:
+def _node_from(output: Tensor, source: tuple[Any, int], widened: bool = False) -> Node | None:
     """The node that made ``output`` from the tensor at ``source``, itself or between views; None if it did otherwise.
 
-    A cast in between (autocast) would mean that the operation saw other values than we did.
+    A cast in between (autocast) that rounds would mean that the operation saw other values than we did. ``widened``:
+    one that does not is no matter, as for a selection, which compares entries with each other only.
     """
     node = output.grad_fn
     while node is not None:
         above = node.next_functions[0]
-        while above[0] is not None and not _is(above, source) and _kind(above[0]) in _VIEWS:
+        while above[0] is not None and not _is(above, source) and _passes(above[0], widened):
             above = above[0].next_functions[0]
         if _kind(node) not in _VIEWS:
             return node if _is(above, source) else None
         node = node.next_functions[0][0]
     return None
+
+
+def _passes(node: Node, widened: bool) -> bool:
+    """A view, or a cast that rounds nothing."""
+    if _kind(node) in _VIEWS:
+        return True
+    if not widened or _kind(node) != "ToCopy":
+        return False
+    source, number = node.next_functions[0]
+    given, made = source._input_metadata[number].dtype, node._input_metadata[0].dtype
+    return bool(torch.promote_types(given, made) == made)
 
 
 def _kind(node: Node) -> str:

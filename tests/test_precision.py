@@ -1,4 +1,6 @@
-"""Mixed precision: literal cases of false certificates that must not be given."""
+"""Mixed precision: autocast, GradScaler, 16-bit parameters. Literal cases of false certificates that must not be given,
+then the offset network of docs/theory.md, section 1.4, as an oracle, then training as people write it.
+"""
 
 from __future__ import annotations
 
@@ -179,3 +181,48 @@ def test_an_overflow_is_skipped_by_the_scaler_and_undecided() -> None:
         scaler.update()
         seen.append((step.certificate().verdict.value, w.item()))
     assert seen == [("undecided", 1.0), ("certified", 0.25), ("certified", -0.5)]
+
+
+# ---- operations that autocast casts itself -----------------------------------------------------------------------
+
+CAST: dict[str, tuple[bool, Callable[[Tensor, Tensor], Tensor]]] = {  # (is it narrowed, the operation)
+    "prelu": (True, lambda x, a: F.prelu(x, a)),
+    "prelu of a tensor": (True, lambda x, a: x.prelu(a)),
+    "max_pool3d": (False, lambda x, a: F.max_pool3d(x[:, None], 2)),
+    "max_pool3d with indices": (False, lambda x, a: F.max_pool3d(x[:, None], 2, return_indices=True)[0]),
+    "adaptive_max_pool3d": (False, lambda x, a: F.adaptive_max_pool3d(x[:, None], (1, 2, 2))),
+    "fractional_max_pool2d": (False, lambda x, a: F.fractional_max_pool2d(x, 2, output_size=3)),
+}
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("name", CAST)
+def test_what_autocast_casts_is_recorded_as_if_cast_by_hand(name: str, dtype: torch.dtype) -> None:
+    """The same verdict, ties, touches and gradients as with the casts written out, and those of plain torch."""
+    narrowed, operation = CAST[name]
+    values = torch.randint(-2, 3, (2, 2, 4, 4), generator=torch.Generator().manual_seed(3)).float()
+    values[0, 0, 0, 0] = 1e-9 if dtype is torch.float16 else 0.0  # 0 in float16
+
+    def leaves() -> list[nn.Parameter]:
+        return [nn.Parameter(values.clone()), nn.Parameter(torch.tensor([0.25, 0.3]))]
+
+    def run(w: nn.Parameter, a: nn.Parameter, automatic: bool) -> Tensor:
+        torch.manual_seed(7)
+        x = w * 1.0 if narrowed else (w * 1.0).to(dtype)
+        if not automatic:
+            x, a = (t.to(dtype if narrowed else torch.float32) for t in (x, a))
+        with torch.autocast("cpu", dtype, enabled=automatic):
+            return (operation(x, a).float() * 3).sum()
+
+    seen = []
+    for automatic in (True, False):
+        mine, theirs = leaves(), leaves()
+        run(*theirs, automatic).backward()
+        found = verdict(lambda automatic=automatic, mine=mine: run(*mine, automatic), *mine)  # type: ignore[misc]
+        for p, q in zip(mine, theirs, strict=True):
+            assert (p.grad is None) == (q.grad is None)
+            assert p.grad is None or torch.equal(p.grad, q.grad)
+        layers = [(layer.ties, layer.touches, layer.rows, layer.exemptions) for layer in found.layers]
+        seen.append((found.verdict, found.reasons, layers))
+    assert [len(seen[0][2]), *seen[0]] == [1, *seen[1]]
+    assert seen[0][2][0][:2] > (0, 0) and seen[0][0] is not Verdict.UNDECIDED
