@@ -6,14 +6,19 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from core_helpers import autograd_rows, engine_rows, random_pairs
+from offsets import Offset, pool, recorded
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adcert
 from adcert import Certificate, Monitor, Verdict, certify
+from adcert.replay import _along
 
 HALVES = (torch.bfloat16, torch.float16)
 LOW = (torch.float32, *HALVES)
@@ -226,3 +231,120 @@ def test_what_autocast_casts_is_recorded_as_if_cast_by_hand(name: str, dtype: to
         seen.append((found.verdict, found.reasons, layers))
     assert [len(seen[0][2]), *seen[0]] == [1, *seen[1]]
     assert seen[0][2][0][:2] > (0, 0) and seen[0][0] is not Verdict.UNDECIDED
+
+
+# ---- the offset network as an oracle -----------------------------------------------------------------------------
+
+
+def convolutions(seed: int) -> tuple[nn.Module, Callable[..., Tensor]]:
+    """Convolutions, three normalisations, a residual sum, linear layers."""
+    torch.manual_seed(seed)
+    layers = {"c": nn.Conv2d(2, 4, 3, padding=1), "b": nn.BatchNorm2d(4), "d": nn.Conv2d(4, 4, 3, padding=1)}
+    layers |= {"g": nn.GroupNorm(2, 4), "l": nn.Linear(64, 6), "n": nn.LayerNorm(6), "o": nn.Linear(6, 3)}
+    x = torch.randint(0, 3, (4, 2, 8, 8)).float() / 2
+
+    def network(m: nn.ModuleDict, relu: Callable[[Tensor], Tensor], pool: Callable[[Tensor], Tensor]) -> Tensor:
+        h = pool(relu(m["b"](m["c"](x))))
+        h = relu(m["g"](m["d"](h)) + h).flatten(1)
+        return relu(m["o"](relu(m["n"](m["l"](h)))))
+
+    return nn.ModuleDict(layers), network
+
+
+def attention(fused: bool) -> Callable[[int], tuple[nn.Module, Callable[..., Tensor]]]:
+    """One block of a transformer between ReLUs, and smooth activations."""
+
+    def build(seed: int) -> tuple[nn.Module, Callable[..., Tensor]]:
+        torch.manual_seed(seed)
+        layers: dict[str, nn.Module] = {name: nn.Linear(8, 8) for name in "qkvp"}
+        layers |= {"n": nn.LayerNorm(8), "m": nn.LayerNorm(8), "f": nn.Linear(8, 16), "h": nn.Linear(16, 8)}
+        z = torch.randn(3, 5, 8)
+
+        def network(m: nn.ModuleDict, relu: Callable[[Tensor], Tensor], pool: Callable[[Tensor], Tensor]) -> Tensor:
+            x = m["h"](relu(m["f"](z)))
+            h = m["n"](x)
+            q, k, v = m["q"](h), m["k"](h), m["v"](h)
+            if fused:
+                a = F.scaled_dot_product_attention(q[:, None], k[:, None], v[:, None])[:, 0]
+            else:
+                a = torch.matmul(F.softmax(torch.matmul(q, k.transpose(1, 2)) * 0.35, dim=-1), v)
+            x = F.gelu(m["m"](x + m["p"](a)))
+            return relu(m["h"](relu(m["f"](torch.tanh(x) * torch.sigmoid(x)))))
+
+        return nn.ModuleDict(layers), network
+
+    return build
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("build", [convolutions, attention(True), attention(False)], ids=["cnn", "fused", "eager"])
+def test_rows_enclose_the_gradients_of_the_offset_network(build: Callable[..., object], dtype: torch.dtype) -> None:
+    """Radii belong to the precision in which a value was computed; what is called exactly zero is."""
+    for seed in range(2):
+        model, network = build(seed)  # type: ignore[misc]
+        offset, seen = Offset(network, model, dtype), recorded(network, model, dtype)
+        offset()
+        wide = dict(offset.model.named_parameters())
+        for y, record in zip(offset.inputs, seen.records, strict=True):
+            d = random_pairs(y.numel(), 12, seed)
+            found, truth = engine_rows(seen, record, d), autograd_rows(y, wide, d)
+            for name, expected in truth.items():
+                slack = 1e-11 * (1 + float(expected.abs().max()))
+                far = (found[name].value - expected).abs() - found[name].radius
+                assert float(far.max()) <= slack, (record.name, name)
+                assert not bool((found[name].zero() & (expected.abs() > slack)).any()), (record.name, name)
+
+
+def small(seed: int) -> tuple[nn.Module, Callable[..., Tensor]]:
+    """A random little CNN on images of few grey levels, where 16 bits tie everywhere."""
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+
+    def draw(most: int) -> int:
+        return int(torch.randint(most, (1,), generator=generator))
+
+    norm, bias, skip, early, channels = draw(2), bool(draw(2)), draw(2), draw(2), 2 + draw(3)
+    layers: dict[str, nn.Module] = {"c": nn.Conv2d(1, channels, 3, padding=1, bias=bias)}
+    layers |= {"d": nn.Conv2d(channels, channels, 3, padding=1, bias=bias)}
+    layers |= {"l": nn.Linear(4 * channels, 4, bias=bias), "o": nn.Linear(4, 3)}
+    if norm:
+        layers |= {"b": nn.BatchNorm2d(channels), "g": nn.GroupNorm(1, channels)}
+    levels = 1 + draw(3)
+    x = torch.randint(levels + 1, (3, 1, 8, 8), generator=generator) / (levels * (1 + draw(3) * 0.37))
+    x[1], x[:, :, : 4 * draw(2)] = x[0], 0
+    model, weights = nn.ModuleDict(layers), torch.randint(-2, 3, (3, 3), generator=generator)
+    if draw(2):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.mul_(8).round_().div_(8)
+
+    def network(m: nn.ModuleDict, relu: Callable[[Tensor], Tensor], pool: Callable[[Tensor], Tensor]) -> Tensor:
+        h = m["b"](m["c"](x)) if norm else m["c"](x)
+        h = relu(pool(h)) if early else pool(relu(h))
+        z = m["g"](m["d"](h)) if norm else m["d"](h)
+        z = z + h if skip else z
+        h = relu(m["l"](pool(relu(z)).flatten(1)))
+        return (m["o"](h).float() * weights).sum()
+
+    return model, network
+
+
+def test_certificates_hold_for_the_offset_network() -> None:
+    """The gradient of the offset network along the witness tends to AD's; against the witness it often does not."""
+    certified = rows = noticed = 0
+    for seed in range(40):
+        dtype = HALVES[seed % 2]
+        model, network = small(seed)
+        offset = Offset(network, model, dtype)
+
+        found = certify(under(dtype, lambda: network(model, torch.relu, pool)), model)  # noqa: B023
+        if found.verdict is not Verdict.CERTIFIED or found.system == "hull":
+            continue
+        wide = dict(offset.model.named_parameters())
+        walked = _along(found, offset, {name: wide[name] for name in found.shapes}, [], 0)
+        assert walked.converges, (seed, walked)
+        certified, rows = certified + 1, rows + sum(layer.rows for layer in found.layers)
+        turned = {name: -p for name, p in found.directions.items()}
+        wrong: Any = SimpleNamespace(shapes=found.shapes, directions=turned, scales=found.scales)
+        noticed += not _along(wrong, offset, {name: wide[name] for name in found.shapes}, [], 0).converges
+    assert certified > 30 and rows > 50 and noticed > 5
