@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from adcert.cli import _loop, app
 from adcert.cli._checkpoint import FREE
-from adcert.cli._loop import Job, Outcome, StepResult
+from adcert.cli._loop import Job, Outcome, Precision, StepResult
 from adcert.errors import AdcertError
 
 DIGITS = ("--model", "fnn-relu6", "--data", "digits", "--batch-size", "300", "--epochs", "4", "--seed", "3")
@@ -77,11 +77,16 @@ class Crash(Exception):
     pass
 
 
-@pytest.mark.parametrize("every", [1, 3])
-@pytest.mark.parametrize("crash", [1, 5, 7, 13, 16])
-def test_resumed_in_any_epoch(tmp_path: Path, crash: int, every: int) -> None:
-    """Four steps an epoch, a checkpoint after each third step: begins before, at and after the end of an epoch."""
-    job = Job("fnn-relu6", "digits", 4, None, 300, 3, tmp_path / "whole", every=every)
+@pytest.mark.parametrize(
+    ("crash", "every", "precision"),
+    [(c, k, "fp32") for c in (1, 5, 7, 13, 16) for k in (1, 3)] + [(7, 1, "bf16"), (7, 1, "fp16")],
+)
+def test_resumed_in_any_epoch(tmp_path: Path, crash: int, every: int, precision: Precision) -> None:
+    """Four steps an epoch, a checkpoint after each third step: begins before, at and after the end of an epoch.
+
+    In fp16 the scale of the gradients belongs to the checkpoint: it falls in the first steps.
+    """
+    job = Job("fnn-relu6", "digits", 4, None, 300, 3, tmp_path / "whole", every=every, precision=precision)
     whole = _loop.run(job, lambda outcome, result: None)
 
     def fail(outcome: Outcome, result: StepResult) -> None:
@@ -89,6 +94,7 @@ def test_resumed_in_any_epoch(tmp_path: Path, crash: int, every: int) -> None:
             raise Crash
 
     options = {"every": every, "checkpoint": tmp_path / "checkpoint", "checkpoint_every": 3, "resume": True}
+    options |= {"precision": precision}
     job = Job("fnn-relu6", "digits", 4, None, 300, 3, tmp_path / "log", **options)
     with pytest.raises(Crash):
         _loop.run(job, fail)

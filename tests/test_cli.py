@@ -92,6 +92,14 @@ def test_weights_are_bitwise_those_of_the_plain_run_with_pooling() -> None:
     assert json.loads(one.stdout)["weights_sha256"] == json.loads(two.stdout)["weights_sha256"]
 
 
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_weights_are_bitwise_those_of_the_plain_run_under_autocast(precision: str) -> None:
+    options = ("train", "--model", "vgg11-bn", "--batch-size", "4", "--steps", "3", "--precision", precision, "--json")
+    one, two = (json.loads(invoke(*options, *more).stdout) for more in ((), ("--plain",)))
+    assert one["weights_sha256"] == two["weights_sha256"]
+    assert one["report"]["steps"] == 3 and one["job"]["precision"] == precision
+
+
 def test_seed_decides() -> None:
     assert trained("--plain")["weights_sha256"] == trained("--plain")["weights_sha256"]
     assert trained("--plain")["weights_sha256"] != trained("--plain", "--seed", "1")["weights_sha256"]
@@ -112,20 +120,26 @@ def test_epochs_and_steps(options: tuple[str, ...], steps: int) -> None:
     assert json.loads(invoke(*command, *options).stdout)["steps"] == steps
 
 
-def test_same_as_a_loop_written_by_hand() -> None:
+@pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
+def test_same_as_a_loop_written_by_hand(precision: str) -> None:
     """The job against ten lines of stock PyTorch."""
     from adcert.data import Loader, load
 
+    narrow = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+    scaler = torch.amp.GradScaler("cpu", enabled=precision == "fp16")
     images = load("digits", 8)
     model = models.build("fnn-relu", 10, 1, 8, 0)
     optimizer = torch.optim.SGD(model.parameters(), 0.05, momentum=0.9, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 3)
     for x, y in Loader(images, 8, seed=0, steps=3):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model(x), y).backward()
-        optimizer.step()
+        with torch.autocast("cpu", narrow, enabled=narrow is not None):
+            loss = torch.nn.functional.cross_entropy(model(x), y)
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
         schedule.step()
-    assert digest(model) == trained()["weights_sha256"]
+    assert digest(model) == trained("--precision", precision)["weights_sha256"]
 
 
 def test_log_has_one_line_a_step_and_a_report(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ FORMAT = "adcert train"
 VERSION = 1
 # What a resumed job may do in another way: it changes no weight and no total.
 FREE = frozenset({"log", "certificates", "only_failed", "checkpoint", "checkpoint_every", "resume", "workers"})
-PARTS = ("format", "version", "job", "step", "model", "optimizer", "schedule", "monitor", "layers", "random")
+PARTS = ("format", "version", "job", "step", "model", "optimizer", "schedule", "scaler", "monitor", "layers", "random")
 
 
 @dataclass(frozen=True)
@@ -34,6 +34,7 @@ class Training:
     model: nn.Module
     optimizer: torch.optim.Optimizer
     schedule: torch.optim.lr_scheduler.LRScheduler
+    scaler: torch.amp.GradScaler
     monitor: Monitor | None
 
     def save(self, step: int, layers: dict[str, Any]) -> None:
@@ -48,6 +49,7 @@ class Training:
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "schedule": self.schedule.state_dict(),
+            "scaler": self.scaler.state_dict(),
             "monitor": None if self.monitor is None else self.monitor.state_dict(),
             "layers": layers,
             "random": _random_state(self.job.device),
@@ -73,6 +75,7 @@ class Training:
             self.model.load_state_dict(found["model"])
             self.optimizer.load_state_dict(found["optimizer"])
             self.schedule.load_state_dict(found["schedule"])
+            self.scaler.load_state_dict(found["scaler"])
             _set_random_state(self.job.device, found["random"])
         except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise AdcertError(f"the checkpoint {path} does not fit the job: {error}") from error

@@ -134,6 +134,7 @@ def _show_run(console: Console, outcome: Outcome) -> None:
     if outcome.resumed:
         table.add_row("resumed after step", str(outcome.resumed))
     table.add_row("device", outcome.job.device)
+    table.add_row("precision", outcome.job.precision)
     table.add_row("loss, accuracy (last batch)", f"{found['loss']:.4f}, {found['accuracy']:.3f}")
     if found["test_accuracy"] is not None:
         table.add_row("test accuracy", f"{found['test_accuracy']:.3f}")

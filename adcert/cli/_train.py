@@ -9,7 +9,7 @@ import torch
 import typer
 
 from ._console import console, error_console, print_json
-from ._loop import Job, Outcome, run
+from ._loop import Job, Outcome, Precision, run
 from ._show import Display, show_outcome
 
 ModelName = Literal[
@@ -88,6 +88,10 @@ def train(
     workers: Annotated[
         int, typer.Option(min=0, help="Processes that decode photographs (imagenet, imagefolder); the run is the same.")
     ] = 0,
+    precision: Annotated[
+        Precision,
+        typer.Option(help="bf16, fp16: autocast, fp16 with a GradScaler; weights stay float32."),
+    ] = "fp32",
     threads: Annotated[
         int | None, typer.Option(min=1, help="Threads of PyTorch (default: PyTorch's own choice).")
     ] = None,
@@ -123,7 +127,7 @@ def train(
         torch.set_num_threads(threads)
     job = Job(
         model, data, epochs, steps, batch_size, seed, log, strict, plain, certificates, only_failed, place, size, every,
-        checkpoint, checkpoint_every, resume, workers,
+        checkpoint, checkpoint_every, resume, workers, precision,
     )
     with Display(error_console()) as display:
         outcome = run(job, display.update)
