@@ -42,7 +42,9 @@ def adopt(graph: Graph, recorder: Recorder, origin: Callable[[Node], str]) -> No
     """Record the unrecorded kinked nodes of a graph that touch a kink; ``origin``: tells who made a node."""
     for node in graph.nodes:
         make = _OF.get(kind_of(node))
-        if make is None or node in graph.record_of or isinstance(node, FunctionCtx) or not hasattr(node, "_saved_self"):
+        if make is None or node in graph.record_of or node in graph.dropped or isinstance(node, FunctionCtx):
+            continue
+        if not hasattr(node, "_saved_self"):
             continue
         y, rho = node._saved_self, make(node)
         if rho is None or not isinstance(y, Tensor) or y.is_cuda or node.next_functions[0][0] is None:

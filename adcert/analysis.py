@@ -94,7 +94,7 @@ class StepAnalysis:
         self.backwards += 1
         self.roots |= losses
         coming = Coming(watch.recorder, [] if again else roots)
-        graph = Graph(nodes, watch.recorder.records, self.leaves, watch.recorder.links)
+        graph = Graph(nodes, watch.recorder.records, self.leaves, watch.recorder.links, watch.dropped)
         adopt(graph, watch.recorder, watch.origin)
         records = [graph.record_of[node] for node in graph.nodes if node in graph.record_of]
         reasons = self._audit(graph, roots, inputs, watch)
@@ -126,6 +126,7 @@ class StepAnalysis:
     ) -> list[tuple[str, Tensor | None]]:
         """Reasons for failure; one with a flag, on a device, holds only if the flag is false."""
         reasons: list[tuple[str, Tensor | None]] = [(problem, None) for problem in watch.problems]
+        reasons += [(problem, None) for problem in watch.overwritten()]
         reasons += watch.flags
         reasons += audit_graph(graph, watch, roots)
         for node, message in watch.mixed:
@@ -230,7 +231,7 @@ class StepAnalysis:
         """Theorem H's combination, where the systems of a tiny network may not certify."""
         start = time.perf_counter()
         try:
-            if light(scope.graph) and self._open(scope, fresh):
+            if not scope.graph.dropped and light(scope.graph) and self._open(scope, fresh):
                 self.hull = combine(scope.graph, edge)
         except Exception as error:
             self.failures[f"the combination failed with {type(error).__name__}: {error}"] = None

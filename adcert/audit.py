@@ -12,6 +12,7 @@ from torch.autograd.function import FunctionCtx
 
 from .guards import GUARDED
 from .layers import ACCUMULATE, Graph
+from .recomputed import DroppedError
 from .smooth import ANALYTIC, SEVERAL
 from .watch import Watch
 
@@ -33,14 +34,19 @@ def audit_graph(graph: Graph, watch: Watch, roots: Iterable[Tensor] = ()) -> lis
         kind = name.rstrip("0123456789")
         custom = isinstance(node, FunctionCtx)  # a user's autograd.Function may bear any name
         if kind in GUARDED and not custom:
-            smooth = GUARDED[kind](node)
+            try:
+                smooth = GUARDED[kind](graph.legible(node))
+            except DroppedError as error:
+                reasons.append((f"{name}{watch.origin(node)}: {error}", None))
+                continue
             if isinstance(smooth, Tensor) or not smooth:
                 where = watch.origin(node)
                 text = f"{name}{where} at a point, or in a mode, where its derivative is not the function's"
                 reasons.append((text, smooth if isinstance(smooth, Tensor) else None))
         elif (kind not in ANALYTIC and node not in watch.pasted) or custom:
             where = watch.origin(node)
-            reasons.append((f"{name}{where} is not recorded: adcert does not know where it is smooth", None))
+            more = "; use_reentrant=False can be followed" if kind == "CheckpointFunctionBackward" else ""
+            reasons.append((f"{name}{where} is not recorded: adcert does not know where it is smooth{more}", None))
         if kind not in SEVERAL and (node in further or any(number for _, _, number in graph.consumers[node])):
             reasons.append((f"{name}{watch.origin(node)} may drop the gradient of its further outputs", None))
         if node not in watch.made:

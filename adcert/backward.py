@@ -173,11 +173,11 @@ class Pass:
         kind = kind_of(node)
         numbered, rule = NUMBERED.get(kind), RULES.get(kind)
         if numbered is not None:
-            numbered(self, node, number, g)
+            numbered(self, self.graph.legible(node), number, g)
         elif rule is None or number != 0:
             raise Unsupported(node.name())
         else:
-            rule(self, node, g)
+            rule(self, self.graph.legible(node), g)
 
     def add_leaf(self, leaf: str, gradient: Ball) -> None:
         """``gradient``: [count, numel]."""

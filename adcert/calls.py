@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from . import activations, choices, recurrent
 from .activations import Activation
 from .choices import Choice, Window
+from .recomputed import dropping
 from .records import Recorder, recordable
 
 Arguments = dict[str, Any]
@@ -43,6 +44,8 @@ def record(recorder: Recorder, func: Any, args: Sequence[Any], kwargs: Arguments
     if found is None:
         return NotImplemented
     names, defaults, inplace, handler = found
+    if dropping() and handler not in _ALIKE:
+        return NotImplemented
     spelt = {_NUMPY.get(key, key): value for key, value in kwargs.items()}
     given = {**defaults, **dict(zip(names, args, strict=False)), **spelt}
     unknown = spelt.keys() - {*names, "out"}
@@ -58,6 +61,9 @@ def known(func: Any) -> bool:
     return func in _TABLE
 
 
+_ALIKE: set[Handler] = set()  # they save what the call saves that is not recorded, as a checkpoint demands
+
+
 def _activation(rho: Rho) -> Handler:
     def handle(recorder: Recorder, call: Call) -> Any:
         found = rho(call.given)
@@ -65,6 +71,7 @@ def _activation(rho: Rho) -> Handler:
             return NotImplemented
         return recorder.kinked(call.given["input"], found, call.name, call.run, None, call.inplace)
 
+    _ALIKE.add(handle)
     return handle
 
 
@@ -521,6 +528,7 @@ def _enter(
             _TABLE[function] = ("input", *names.split()), defaults, written, handler
 
 
+_ALIKE |= {_relu, _prelu, _rrelu, _max_pool2d}
 _NO = {"inplace": False}
 _BOUNDS: Arguments = {"min": None, "max": None}
 _KEEP: Arguments = {"keepdim": False}

@@ -25,7 +25,6 @@ from .relevance import rectified, relevant_inputs, relevant_outputs
 from .rows import expand
 from .stages import stages_above
 from .ties import resolve
-from .transfer import take
 
 NO_SIDE = "autodiff's derivative is none of the two one-sided ones"
 
@@ -149,7 +148,7 @@ def _even(scope: Scope, record: OpRecord, differences: Differences, windows: Ten
 def _needed(scope: Scope, record: OpRecord, ties: Ties | Choice, found: Findings) -> Ties | Choice:
     """The ties that need a decision at all: E2 and E3 discharge the others."""
     if len(ties.windows) and rectified(scope.graph, record):
-        ties = _kept(ties, take(record.output, ties.windows) > 0, "flat", found)
+        ties = _kept(ties, record.positive(ties.windows), "flat", found)
     if len(ties.windows) and not scope.strict and not ties.linked:
         ties = _kept(ties, relevant_outputs(scope.graph, record, ties.windows), "irrelevant", found)
     return ties

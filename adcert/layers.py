@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .recomputed import Dropped
 from .records import COPY_SLICES as COPY_SLICES
 from .records import Edge, Links, Node, OpRecord, linked
 
@@ -87,14 +88,20 @@ class Graph:
 
     ``edges``: ``node.next_functions``, which autograd makes anew each time it is asked, along ``links`` (of a
     :class:`~adcert.records.Recorder`). ``felt``: of every record the outputs that the loss may feel
-    (:mod:`adcert.idle`), if that was asked.
+    (:mod:`adcert.idle`), if that was asked. ``dropped``: nodes whose saved tensors a checkpoint computes again.
     """
 
     def __init__(
-        self, roots: Sequence[Node], records: Iterable[OpRecord], leaves: Leaves, links: Links | None = None
+        self,
+        roots: Sequence[Node],
+        records: Iterable[OpRecord],
+        leaves: Leaves,
+        links: Links | None = None,
+        dropped: Container[Node] = frozenset(),
     ) -> None:
         self.leaves = leaves
         self.links = {} if links is None else links
+        self.dropped = dropped
         self.roots = tuple(roots)
         self.edges: dict[Node, tuple[tuple[Node, int], ...]] = {}
         self.consumers: dict[Node, list[tuple[Node, int, int]]] = defaultdict(list)
@@ -140,6 +147,10 @@ class Graph:
     def linked(self, edges: Sequence[Edge]) -> tuple[Edge, ...]:
         """Edges of this graph: what a compiled program made leads into its replay."""
         return tuple(linked(self.links, edge) for edge in edges) if self.links else tuple(edges)
+
+    def legible(self, node: Node) -> Node:
+        """The node, as far as a rule may read it."""
+        return Dropped(node) if node in self.dropped else node
 
     def leaf(self, node: Node | None) -> str | None:
         """Name of the leaf a node accumulates into, directly or through a cast (casts are the identity), or None."""

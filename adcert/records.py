@@ -23,6 +23,7 @@ from .activations import Activation
 from .balls import Ball
 from .choices import Choice, Ties, Window
 from .lists import Rooms
+from .recomputed import dropping
 from .transfer import take
 
 Own = Tensor | Callable[[Any], Tensor] | None
@@ -47,7 +48,8 @@ class OpRecord:
     is the autograd node of the output; its first input edge leads to y, a second one to PReLU's slopes. ``touches``:
     int64 [M], ``K unit + k`` for every flat unit of y that equals the k-th of the K kinks of rho. ``output`` shares its
     memory with z, at version ``version``, or with relu(z) if a recorded ReLU has overwritten it: only its sign may be
-    read. It is let go when the last backward pass starts.
+    read. It is let go when the last backward pass starts. ``signs``: where z > 0, if a checkpoint is not to be kept
+    from dropping z; ``output`` is then a stand-in of its shape.
 
     ``seen``: where AD's slopes are read for every rho but the ReLU: y itself, or codes of :meth:`Activation.code` where
     y has been overwritten. ``left``: PReLU's or RReLU's own slopes, broadcast to y.
@@ -71,6 +73,7 @@ class OpRecord:
     seen: Tensor | None = None
     seen_version: int = 0
     left: Tensor | None = None
+    signs: Tensor | None = None
     sides: tuple[int, ...] = (-1,)
     released: bool = False
     overflow: str = ""
@@ -98,12 +101,16 @@ class OpRecord:
         assert self.seen is not None
         return take(self.seen, units)
 
+    def positive(self, units: Tensor) -> Tensor:
+        """Which of these flat outputs are above 0; of a ReLU, or of a pooling."""
+        return take(self.output if self.signs is None else self.signs, units) > 0
+
     def slopes(self, units: Tensor) -> Ball:
         """AD's rho' for flat outputs (of a fused ReLU and pooling: at the units they select)."""
         if self.rho is None:
             return Ball(torch.ones(units.shape, dtype=torch.float64))
         if self.relu:
-            return Ball((take(self.output, units) > 0).to(torch.float64))
+            return Ball(self.positive(units).to(torch.float64))
         found = self.values(units)
         left = None if self.left is None else take(self.left.expand(self.input_shape), units)
         if found.dtype == torch.uint8:
@@ -124,7 +131,7 @@ class OpRecord:
         """Let go of the activations; the counts stay."""
         self.released = True
         self.output = self.output.new_empty(0)
-        self.seen = self.left = None
+        self.seen = self.left = self.signs = None
         self.ties = None
 
     def altered(self) -> bool:
@@ -170,6 +177,7 @@ class Recorder:
         self._uses: dict[str, int] = {}
         self._name = ""
         self.named: str | None = None  # the module that is running, if it is one of ours
+        self.backward = False  # a backward pass runs, in which a checkpoint runs its forward pass again
 
     def clear(self) -> None:
         self.records.clear()
@@ -193,11 +201,16 @@ class Recorder:
     def relu(self, x: Tensor, name: str, *, inplace: bool = False) -> Tensor:
         """``torch.relu`` (in place if asked), recording the units that touch the kink at 0."""
         with torch._C.DisableTorchFunction():
-            if recordable(x):
+            if self._sees(x):
                 name = self._begin(x, name)
                 room = self.rooms.of(name, x.numel()) if x.is_cuda else None
                 source = _edge_of(_whole(x))
-                output, touches, counts = self._relu_in_place(x, room) if inplace else ops.relu(x, room)
+                if inplace:
+                    output, touches, counts = self._relu_in_place(x, room)
+                elif dropping():  # torch's own operation, which saves what it will save when it runs again
+                    output, (touches, counts) = F.relu(x), ops.touches(x, capacity=room)
+                else:
+                    output, touches, counts = ops.relu(x, room)
                 node = _written(x, source) if inplace and x._is_view() else output.grad_fn
                 if node is not None:
                     self._add(output, node, x.shape, _RELU, None, touches, counts, room)
@@ -213,14 +226,17 @@ class Recorder:
         that was made (RReLU). Where y is overwritten, codes of a byte tell AD's slopes, or a copy if they are curved.
         """
         with torch._C.DisableTorchFunction():
-            if not (recordable(x) or (isinstance(left, Tensor) and recordable(left))):
+            if not (self._sees(x) or (isinstance(left, Tensor) and self._sees(left))):
+                return run()
+            dropped = dropping()
+            if dropped and callable(left):  # it would read the node
                 return run()
             sides = rho.sides(x)
             if sides is None:
                 return run()
             name = self._begin(x, name)
             room = self.rooms.of(name, len(rho.kinks) * x.numel()) if x.is_cuda else None
-            if left is None and not inplace and rho.given is None and _fused(rho):
+            if left is None and not inplace and not dropped and rho.given is None and _fused(rho):
                 output, touches, counts = ops.activation(x, rho.name, rho.arguments, room)
                 seen, node = x.detach(), output.grad_fn
             else:
@@ -229,6 +245,8 @@ class Recorder:
                 seen, touches, counts = x.detach(), own.touches, own.counts
                 if inplace:
                     seen = seen.clone() if rho.derivative is not None else rho.code(seen)
+                elif dropped and left is None and rho.derivative is None:
+                    seen = rho.code(seen)
                 output = run()
                 node = _written(x, written) if inplace and x._is_view() else _node_from(output, source)
             if node is not None:
@@ -244,7 +262,7 @@ class Recorder:
         The first tensor of the result is the selection. On a GPU this waits for the device.
         """
         with torch._C.DisableTorchFunction():
-            if not recordable(x):
+            if not self._sees(x) or dropping():  # choices are read from nodes
                 return run()
             source = _edge_of(x)
             self._begin(x, name)
@@ -268,18 +286,27 @@ class Recorder:
         """``max_pool2d`` of ``x``, or of ``relu(x)``, recording touches and ties in the same pass."""
         geometry = window.kernel, window.stride, window.padding, window.dilation
         with torch._C.DisableTorchFunction():
-            if recordable(x):
+            dropped = self._sees(x) and dropping()
+            if dropped and relu:
+                x, relu = self.relu(x, name), False
+            if self._sees(x):
                 name = self._begin(x, name)
                 room = self.rooms.of(name, window.most(x.shape)) if x.is_cuda else None
-                result = ops.max_pool2d(x, *geometry, ceil_mode, relu=relu, capacity=room)
+                result = ops.max_pool2d(x.detach() if dropped else x, *geometry, ceil_mode, relu=relu, capacity=room)
                 ties = Ties(result.windows, result.members, result.offsets, window, tuple(x.shape))
                 rho = _RELU if relu else None
-                node = result.output.grad_fn
-                self._add(result.output, node, x.shape, rho, ties, result.touches, result.counts, room)
-                return result.output
+                pooled = F.max_pool2d(x, *geometry, ceil_mode) if dropped else result.output
+                node = _node_from(pooled, _edge_of(x)) if dropped else pooled.grad_fn
+                if node is not None:
+                    self._add(pooled, node, x.shape, rho, ties, result.touches, result.counts, room)
+                return pooled
         a = F.relu(x) if relu else x
         output: Tensor = F.max_pool2d(a, *geometry, ceil_mode)
         return output
+
+    def _sees(self, x: Tensor) -> bool:
+        """Does a record of an operation on x belong to the step? Not if a checkpoint repeats it."""
+        return recordable(x) and not (self.backward and dropping())
 
     def _begin(self, x: Tensor, name: str) -> str:
         """Tell the witness that ``x`` is read; the record's own name, which :meth:`_add` uses."""
@@ -338,6 +365,10 @@ class Recorder:
             shape = shape if above[0] is None else above[0]._input_metadata[above[1]].shape
         record = OpRecord(self._name, node, rho, ties, touches, counts, kept, version, tuple(shape), room)
         record.listed, record.links = not output.is_cuda, self.links
+        if dropping():
+            record.signs = record.output > 0 if rho is None or record.relu else None
+            record.output = record.output.new_zeros(()).expand(record.output.shape)
+            record.version = record.output._version
         self.records.append(record)
         if output.is_cuda:
             self.ran_on(output.device)
@@ -424,16 +455,10 @@ def _fused(rho: Activation) -> bool:
 
 
 def recordable(x: Tensor) -> bool:
-    """Differentiable, and not part of what a checkpoint will run again in backward.
-
-    On a GPU that happens on autograd's own thread, where no recorder is active and torch's operators save other
-    tensors than ours.
-    """
+    """Differentiable, and of a kind that the recording kernels know."""
     if not (x.requires_grad and torch.is_grad_enabled() and x.is_floating_point()) or transformed():
         return False
-    if x.layout is not torch.strided or x.is_nested or torch._C._is_tracing():
-        return False  # the recording kernels know none of them
-    return not x.is_cuda or torch._C._autograd._top_saved_tensors_default_hooks(True) is None
+    return x.layout is torch.strided and not x.is_nested and not torch._C._is_tracing()
 
 
 def transformed() -> bool:

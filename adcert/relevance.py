@@ -16,7 +16,6 @@ from torch import Tensor
 from .choices import Choice, Ties
 from .layers import Graph
 from .records import OpRecord
-from .transfer import take
 
 
 def relevant_outputs(graph: Graph, record: OpRecord, units: Tensor) -> Tensor:
@@ -91,7 +90,7 @@ def rectified(graph: Graph, record: OpRecord) -> bool:
 
 
 def _positive(record: OpRecord, units: Tensor) -> Tensor:
-    return take(record.output, units) > 0
+    return record.positive(units)
 
 
 def _touched(record: OpRecord, units: Tensor) -> Tensor:

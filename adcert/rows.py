@@ -22,6 +22,7 @@ from .differences import Boundary, Differences, Expansion, Part, broadcast_index
 from .layers import Graph, complex_at, kind_of, shape_of
 from .movement import MOVES, PARTS, SOURCES, readers, sources
 from .normalization import BATCH_NORM
+from .recomputed import DroppedError
 from .records import Node
 from .transfer import take
 
@@ -88,8 +89,13 @@ class Walk:
             self.leaf_entries(leaf, differences, owner, scaled)
             return
         rule = _RULES.get(kind_of(node))
-        if rule is None or complex_at(node) or not rule(self, node, number, differences, owner, scaled):
-            self.result.hard[owner] = True
+        try:
+            seen = self.graph.legible(node)
+            if rule is not None and not complex_at(node) and rule(self, seen, number, differences, owner, scaled):
+                return
+        except DroppedError:
+            pass
+        self.result.hard[owner] = True
 
     def leaf_entries(self, leaf: str, differences: Differences, owner: Tensor, scaled: bool) -> None:
         """The tensor is a parameter itself."""

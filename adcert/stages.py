@@ -95,6 +95,8 @@ def stages_above(graph: Graph, record: OpRecord, base: OpRecord, own: frozenset[
     (node, number), after = record.edge, Kind.UNKNOWN
     while node is not None:
         kind, source = kind_of(node), graph.record_of.get(node)
+        if node in graph.dropped:
+            break
         if source is not None and after is not Kind.NORM:
             if not _known(source):
                 break
@@ -127,7 +129,8 @@ def stages_above(graph: Graph, record: OpRecord, base: OpRecord, own: frozenset[
 
 def _known(record: OpRecord) -> bool:
     """Does the native resolver know this operation?"""
-    return (record.rho is None or record.relu) and (record.ties is None or isinstance(record.ties, Ties))
+    here = record.signs is None
+    return here and (record.rho is None or record.relu) and (record.ties is None or isinstance(record.ties, Ties))
 
 
 def _record(stages: Stages, source: OpRecord, shape: tuple[int, ...]) -> Kind:

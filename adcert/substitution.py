@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_map
 from . import calls, ops
 from .captured import Overflow, Refused, Region, Site, function_of, unrecorded
 from .errors import AdcertError
+from .recomputed import dropping
 from .records import Recorder, linked
 
 _VIEWS = """view _unsafe_view reshape _reshape_alias expand permute transpose t squeeze unsqueeze slice select split
@@ -57,6 +58,8 @@ class Replay:
             return
         assert self.recorder.witness is not None
         problem = self.region.problem
+        if dropping():
+            problem = "compiled code under saved-tensor hooks (activation checkpointing or offloading)"
         found: Sequence[Any] = ()
         if not problem:
             grad, number = torch.is_grad_enabled(), len(self.recorder.records)

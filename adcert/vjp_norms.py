@@ -63,7 +63,9 @@ def _one_channel(walk: Pass, node: Node, g: Slices) -> bool:
     done, where the pattern is another.
     """
     conv = node.next_functions[0][0]
-    if conv is None or conv in walk.graph.record_of or kind_of(conv) != "ConvolutionBackward" or len(g.shape) != 4:
+    if conv is None or conv in walk.graph.record_of or conv in walk.graph.dropped:
+        return False
+    if kind_of(conv) != "ConvolutionBackward" or len(g.shape) != 4:
         return False
     above, weight = conv.next_functions[0][0], walk.graph.leaf(conv.next_functions[1][0])
     sinks = [walk.sink(edge) for edge in (node.next_functions[1], node.next_functions[2], conv.next_functions[2])]

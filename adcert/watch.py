@@ -8,10 +8,10 @@ becomes UNDECIDED.
 
 from __future__ import annotations
 
-import contextlib
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import CodeType, FrameType, FunctionType
 from typing import Any, Generic, TypeVar
 
@@ -26,6 +26,7 @@ from .calls import record
 from .functions import named, opaque, plain, writes_analytically
 from .guards import finite
 from .layers import ACCUMULATE, COPY_SLICES
+from .recomputed import checkpointing, dropping, same_numbers
 from .records import Node, Recorder, transformed
 from .smooth import ANALYTIC
 
@@ -71,9 +72,9 @@ _BACKWARD = frozenset({Tensor.backward, torch.autograd.backward, torch.autograd.
 
 Site = tuple[CodeType, int]  # a line of somebody's program
 Origin = tuple[str, Site | None]  # a function, and where it was called
-_HOOKED = "saved-tensor hooks (activation checkpointing or offloading) are active: not supported"
+_HOOKED = "saved-tensor hooks other than those of torch.utils.checkpoint are active: not supported"
+_AGAIN = "what torch.utils.checkpoint computes again in backward is what the forward pass computed"
 _TRANSFORMED = "a transform of torch.func (grad, vjp, jvp, vmap) or forward mode computes part of the step"
-_saved_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _dispatch_modes = torch._C._len_torch_dispatch_stack
 OnRoot = Callable[[list[Tensor], Any, bool], None]
 OnGradients = Callable[[Any, Any], None]
@@ -98,6 +99,13 @@ class Notes(Generic[Note]):
         """Quick, and never wrong where there is none."""
         notes = self._of
         return bool(notes) and any([id(tensor) in notes for tensor in tensors])
+
+    def pairs(self) -> Iterator[tuple[Tensor, Note]]:
+        """The tensors that are still there, with their notes."""
+        for reference, note in list(self._of.values()):
+            tensor = reference()
+            if tensor is not None:
+                yield tensor, note
 
     def __bool__(self) -> bool:
         return bool(self._of)
@@ -129,6 +137,8 @@ class Watch(TorchFunctionMode):
         self.problems: dict[str, None] = {}
         self.flags: list[tuple[str, Tensor]] = []  # problems, where a device's flag is false
         self.pasted: set[Node] = set()
+        self.dropped: set[Node] = set()  # nodes whose saved tensors a checkpoint computes again
+        self._held: Notes[int] = Notes()  # versions of what a checkpoint reads, as it read it
         self._hidden: Notes[Origin] = Notes()
         self._aliases: Notes[Tensor] = Notes()
         self._written: dict[int, tuple[Tensor, Origin]] = {}
@@ -151,8 +161,9 @@ class Watch(TorchFunctionMode):
 
     def forget(self) -> None:
         """Let go of every tensor; the step has ended."""
-        for notes in (self._hidden, self._aliases, self._versions, self._rewritten, self._frozen):
+        for notes in (self._hidden, self._aliases, self._versions, self._rewritten, self._frozen, self._held):
             notes.clear()
+        self.dropped.clear()
         self._written.clear()
         self._leaves.clear()
 
@@ -186,6 +197,12 @@ class Watch(TorchFunctionMode):
         _gather(args, tensors)
         if kwargs:
             _gather(kwargs.values(), tensors)
+        if dropping() and func not in _BACKWARD:
+            with self._checkpoint(func, tensors):
+                return self._follow(func, args, kwargs, tensors)
+        return self._follow(func, args, kwargs, tensors)
+
+    def _follow(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], tensors: list[Tensor]) -> Any:
         if not (any([t.requires_grad for t in tensors]) or self._concerned(tensors)):
             if func in _OPEN:
                 self.assumptions[f"constants whose memory was handed out{caller()} are not written through it"] = None
@@ -205,6 +222,38 @@ class Watch(TorchFunctionMode):
         except RuntimeError as error:  # autograd refuses to tell about some views; the user's program may go on
             call.problem(f"{call.name}{caller()} cannot be followed: {error}")
         return iter(output) if call.name in ("__iter__", "__reversed__") else output
+
+    @contextmanager
+    def _checkpoint(self, func: Any, tensors: list[Tensor]) -> Iterator[None]:
+        """Around a call whose saved tensors will be computed again: nothing that goes into it may change until then."""
+        name = getattr(func, "__name__", str(func))
+        before, state = [version_of(t) for t in tensors], torch.get_rng_state()
+        yield
+        drew = any(t.is_cuda for t in tensors) or not torch.equal(state, torch.get_rng_state())
+        if drew and not same_numbers():
+            text = f"{name}{caller()} may draw other numbers when torch.utils.checkpoint runs it again"
+            self.problems[f"{text}: leave preserve_rng_state on"] = None
+        for tensor, version in zip(tensors, before, strict=True):
+            if tensor.is_floating_point() and version_of(tensor) != version:
+                self._wrote_inside(name)
+        self._hold(tensors)
+
+    def _hold(self, tensors: list[Tensor]) -> None:
+        if not checkpointing():
+            self.problems[_HOOKED] = None
+        self.assumptions[_AGAIN] = None
+        for tensor in tensors:
+            self._held.set(base_of(tensor), version_of(tensor))
+
+    def _wrote_inside(self, name: str) -> None:
+        text = f"{name}{caller()} writes in place under torch.utils.checkpoint, where autograd does not look after it"
+        self.problems[f"{text}: use the form that is not in place"] = None
+
+    def overwritten(self) -> list[str]:
+        """What holds before a backward pass: nothing that a checkpoint will read again has been written to."""
+        if all(version_of(tensor) == version for tensor, version in self._held.pairs()):
+            return []
+        return ["a tensor was written to after torch.utils.checkpoint had read it, which will read it again"]
 
     def _refuse(self) -> None:
         """Values are wrapped inside a transform, and its gradients are not those of a graph."""
@@ -230,8 +279,8 @@ class Watch(TorchFunctionMode):
 
     def reads(self, tensor: Tensor, name: str) -> None:
         """A recorded operation is about to read a tensor of the graph."""
-        if _saved_hooks(True) is not None:
-            self.problems[_HOOKED] = None
+        if dropping():
+            self._hold([tensor])
         if tensor.is_leaf:
             self._leaves.setdefault(id(tensor), (tensor, tensor._version))
         if self._stale(tensor, tensor._version):
@@ -260,7 +309,7 @@ class Watch(TorchFunctionMode):
             elif live:
                 self.assumptions[f"values computed under no_grad by a compiled program{caller()} are constants"] = None
 
-    @contextlib.contextmanager
+    @contextmanager
     def substituting(self) -> Iterator[None]:
         """Meanwhile a dispatch mode of our own gives operators the values of a compiled program."""
         self.modes += 1
@@ -271,6 +320,8 @@ class Watch(TorchFunctionMode):
 
     def wrote(self, tensor: Tensor) -> None:
         """A recorded operation has overwritten a tensor, and autograd knows."""
+        if dropping():
+            self._wrote_inside("a ReLU")
         self._versions.set(tensor, tensor._version)
         self._rewritten.set(base_of(tensor), tensor._version)
 
@@ -308,7 +359,11 @@ class Watch(TorchFunctionMode):
             ] = None
         keep = bool(kwargs.get("retain_graph") or kwargs.get("create_graph")) or len(args) > 2
         self.on_root([roots] if isinstance(roots, Tensor) else list(roots), inputs, keep)
-        result = func(*args, **kwargs)
+        self.recorder.backward = True
+        try:
+            result = func(*args, **kwargs)
+        finally:
+            self.recorder.backward = False
         self.on_gradients(inputs, result)
         for gradient in list_tensors(result):  # a function of the parameters, without a graph
             if not gradient.requires_grad:
@@ -373,8 +428,6 @@ class _Call:
         self.seen = target is not None and (not target.requires_grad or watch._versions.get(target) is not None)
         if self.live and self.name in _SATURATING and torch.is_grad_enabled():
             self._bounded()
-        if _saved_hooks(True) is not None:
-            self.problem(_HOOKED)
         if _dispatch_modes() > watch.modes:
             self.problem(f"a dispatch mode may replace what {self.name}{caller()} computes")
 
@@ -532,7 +585,7 @@ class _Call:
 
         Nothing else of an in-place function on a view is in the graph.
         """
-        pastes = []
+        pastes, dropped = [], dropping()
         made, inputs, stack = self.watch.made, self.inputs, [node]
         place: Site | None = None  # looking for it costs more than all the rest
         while stack:
@@ -545,6 +598,8 @@ class _Call:
             if place is None and name.rstrip("0123456789") not in ANALYTIC:
                 place = site()
             made[node] = (self.name, place)
+            if dropped:
+                self.watch.dropped.add(node)
             if name == COPY_SLICES:
                 pastes.append(node)
             stack += [source for source, _ in node.next_functions]

@@ -305,15 +305,6 @@ def test_random_state_is_not_touched() -> None:
     assert torch.equal(torch.rand(3), expected)
 
 
-def test_activation_checkpointing_is_undecided() -> None:
-    from torch.utils.checkpoint import checkpoint
-
-    model = network()
-    certificate = certify(lambda: F.cross_entropy(checkpoint(model, X, use_reentrant=False), Y), model)
-    assert certificate.verdict is Verdict.UNDECIDED
-    assert any("saved-tensor hooks" in reason for reason in certificate.reasons)
-
-
 def test_parameters_changed_between_backwards_are_undecided() -> None:
     model = network()
     monitor = Monitor(model)
