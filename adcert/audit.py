@@ -54,5 +54,7 @@ def audit_graph(graph: Graph, watch: Watch, roots: Iterable[Tensor] = ()) -> lis
                 f"{name} was made out of adcert's sight (before the step, in another thread, by TorchScript, "
                 "torch.compile or a custom Function)"
             )
+            if kind == "ToCopyBackward":
+                text += ": autocast keeps the weights it has cast until it ends, so begin it inside the step"
             reasons.append((text, None))
     return reasons

@@ -137,6 +137,7 @@ class Watch(TorchFunctionMode):
         self.problems: dict[str, None] = {}
         self.flags: list[tuple[str, Tensor]] = []  # problems, where a device's flag is false
         self.pasted: set[Node] = set()
+        self.began = 0  # nodes with smaller numbers were there before the step
         self.dropped: set[Node] = set()  # nodes whose saved tensors a checkpoint computes again
         self._held: Notes[int] = Notes()  # versions of what a checkpoint reads, as it read it
         self._hidden: Notes[Origin] = Notes()
@@ -157,6 +158,7 @@ class Watch(TorchFunctionMode):
                 text = f"the function mode {named(mode)}, active before the step, may replace any function"
                 self.problems[text] = None
         super().__enter__()  # type: ignore[no-untyped-call]
+        self.began = torch._C._autograd._get_sequence_nr()
         return self
 
     def forget(self) -> None:
@@ -583,6 +585,7 @@ class _Call:
     def _name_nodes(self, node: Node) -> list[Node]:
         """Every node between the result and what the call was given was made by this call; those that write to views.
 
+        But not a weight that autocast has cast before the step and keeps: it may have changed since.
         Nothing else of an in-place function on a view is in the graph.
         """
         pastes, dropped = [], dropping()
@@ -593,7 +596,7 @@ class _Call:
             if node is None or node in inputs or node in made:
                 continue
             name = node.name()
-            if name == ACCUMULATE:
+            if name == ACCUMULATE or node._sequence_nr() < self.watch.began:
                 continue
             if place is None and name.rstrip("0123456789") not in ANALYTIC:
                 place = site()

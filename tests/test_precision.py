@@ -188,6 +188,23 @@ def test_an_overflow_is_skipped_by_the_scaler_and_undecided() -> None:
     assert seen == [("undecided", 1.0), ("certified", 0.25), ("certified", -0.5)]
 
 
+def test_casts_from_an_earlier_step_are_undecided() -> None:
+    """One autocast around two steps keeps the cast of w = 1, which torch reads in the second, where w is 2."""
+    layer = nn.Linear(1, 1, bias=False)
+    nn.init.ones_(layer.weight)
+    monitor, seen = Monitor(layer), []
+    with torch.autocast("cpu", torch.bfloat16):
+        for _ in range(2):
+            with monitor.step() as step:
+                loss = F.relu(layer(torch.ones(1, 1))).sum()
+                loss.backward()
+            seen.append((loss.item(), step.certificate().verdict))
+            with torch.no_grad():
+                layer.weight.mul_(2)
+    assert seen == [(1.0, Verdict.CERTIFIED), (1.0, Verdict.UNDECIDED)]
+    assert "begin it inside the step" in step.certificate().reasons[0]
+
+
 # ---- operations that autocast casts itself -----------------------------------------------------------------------
 
 CAST: dict[str, tuple[bool, Callable[[Tensor, Tensor], Tensor]]] = {  # (is it narrowed, the operation)
