@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 
 from .adopted import adopt
+from .assembly import Seen, Share
 from .audit import audit_graph
-from .between import entangled, joined
+from .between import entangled
 from .certificate import Block
-from .conclusion import LARGE, LayerFindings, Observed, Prints
-from .coverage import Cover, Facts, cover, facts_of, pools
+from .conclusion import LARGE, Prints
+from .coverage import Facts, facts_of, pools
 from .decisions import decide_record
 from .differences import RowSet
 from .findings import Findings, Scope
@@ -44,7 +45,7 @@ CHEAP = 8  # differences worth a partial backward pass without asking whether it
 
 
 class StepAnalysis:
-    """Collects what each backward pass of a step shows; :meth:`observed` hands it over.
+    """Collects what each backward pass of a step shows; :meth:`share` hands it over.
 
     Call :meth:`root` right before a backward pass runs, while the graph still holds its saved tensors.
     """
@@ -63,7 +64,7 @@ class StepAnalysis:
         self.ranks: dict[str, int] = {}
         self.prints: dict[str, Prints] = {}
         self.empty: list[tuple[str, Block]] = []  # the leaf of a block that is proved empty already
-        self.order: Order | None = None  # of the only graph so far
+        self.order: Order[OpRecord] | None = None  # of the only graph so far
         self.joint = Joint()
         self.pairs = 0
         self.seconds: dict[str, float] = defaultdict(float)
@@ -168,7 +169,7 @@ class StepAnalysis:
         if record.overflow:
             self.failures[record.overflow] = None
 
-    def _plan(self, graph: Graph, records: list[OpRecord]) -> tuple[dict[OpRecord, Tau], Order]:
+    def _plan(self, graph: Graph, records: list[OpRecord]) -> tuple[dict[OpRecord, Tau], Order[OpRecord]]:
         """What the layers of the step are with this graph, whatever its values."""
         taus = self.taus | {record: graph.tau(record) for record in records}
         return taus, order_layers(taus)
@@ -177,7 +178,7 @@ class StepAnalysis:
         self,
         graph: Graph,
         records: list[OpRecord],
-        plan: tuple[dict[OpRecord, Tau], Order],
+        plan: tuple[dict[OpRecord, Tau], Order[OpRecord]],
         edge: tuple[Node, int] | None,
     ) -> None:
         """``edge``: of the number whose gradient it is, if there is only one."""
@@ -305,7 +306,7 @@ class StepAnalysis:
                     self.empty.append((block.columns[0].parameter, block))
                     return
 
-    def observed(self, gradients: Gradients | None = None, assumptions: Iterable[str] = ()) -> Observed:
+    def share(self, gradients: Gradients | None = None, assumptions: Iterable[str] = ()) -> Share:
         """All of the step that a certificate needs, without anything of its graph.
 
         ``gradients``: whether they are finite, as far as it is known.
@@ -316,85 +317,39 @@ class StepAnalysis:
                 "no backward pass was seen in this step: call loss.backward() inside it, or step.loss(loss)"
             )
         order = self.order if self.order is not None else order_layers(self.taus)
-        shapes = {name: tuple(tensor.shape) for name, tensor in self.leaves.trainable().items()}
-        covered, independent = self._covered(order)
-        rowsets = [rowset for found in self.findings.values() for rowset in found.rowsets]
-        free, doubts = self._between(shapes, covered)
-        rowsets += free
-        ranks = self._final_ranks(order)
-        problem = order.problem or ("" if failures or self.outside else self._misplaced(rowsets, ranks))
-        if problem and self.strict and rowsets:
-            failures.append(problem)
-        return Observed(
+        trainable = self.leaves.trainable()
+        found = self.findings.values()
+        return Share(
             failures=failures,
-            mixed=[doubt for found in self.findings.values() for doubt in found.mixed] + doubts,
+            mixed=[doubt for each in found for doubt in each.mixed] + self._entangled(),
             outside=list(self.outside),
             hull=self.hull,
-            unsettled=[doubt for found in self.findings.values() for doubt in found.unsettled],
-            layers=tuple(self._layer(layer.name, layer.leaves, layer.records, ranks) for layer in order.layers),
-            rowsets=rowsets,
-            ranks=ranks,
+            unsettled=[doubt for each in found for doubt in each.unsettled],
+            seen=tuple(self._seen(record, order) for record in self.taus),
+            split={leaf: rank % 2 for leaf, rank in self.ranks.items()},
+            rowsets=[rowset for each in found for rowset in each.rowsets],
+            free=[each.free for each in found if each.free],
             empty=self.empty,
-            unlisted=sum(found.unlisted for found in self.findings.values()),
-            shapes=shapes,
+            shapes={name: tuple(tensor.shape) for name, tensor in trainable.items()},
+            foreign=frozenset(name for name in trainable if not self.leaves.in_model(name)),
             strict=self.strict,
-            cover=covered,
-            matrices=independent,
             assumptions=(*self.assumptions, *assumptions),
             prints=dict(self.prints),
             gradients=gradients,
             seconds=dict(self.seconds),
-            problem="" if self.strict else problem,
-            joint=Joint(missing="it has no rows for proxies between the sides") if free else self.joint,
+            problem=order.problem,
+            joint=self.joint,
         )
 
-    def _covered(self, order: Order) -> tuple[Cover | None, frozenset[str]]:
-        """The theorem that covers the whole step, and the matrices of Theorem 5: every record's facts are needed."""
-        return cover(order, self.facts) if self.facts.keys() == self.taus.keys() else (None, frozenset())
+    def _seen(self, record: OpRecord, order: Order[OpRecord]) -> Seen:
+        bias, found = self.bias.get(record, "none"), self.findings.get(record)
+        return Seen(record.name, order.own[record], order.upstream[record], bias, self.facts.get(record), found)
 
-    def _between(
-        self, shapes: dict[str, tuple[int, ...]], covered: Cover | None
-    ) -> tuple[list[RowSet], list[str]]:
-        """Rows of the touches with proxies between the one-sided derivatives, and why they may not do."""
-        ops = [record.name for record, found in self.findings.items() if found.free]
-        if not ops:
-            return [], []
-        rowsets, doubts = joined((found.free for found in self.findings.values()), shapes)
-        if self.strict and covered is None:
-            doubts.append(f"{ops[0]}: proxies between the one-sided derivatives, which Theorem 8 does not admit")
-        return rowsets, doubts + entangled(upstream_records(self.taus), self.findings)
-
-    def _final_ranks(self, order: Order) -> dict[str, int]:
-        """Ranks 1, 2, ... in the final order of all graphs; leaves without a layer rank with the first."""
-        used: dict[str, int] = {}
-        for index, layer in enumerate(order.layers):
-            for leaf in layer.leaves:
-                used[leaf] = 2 * index + self.ranks.get(leaf, 0) % 2
-        dense = {rank: number for number, rank in enumerate(sorted(set(used.values())), start=1)}
-        return {leaf: dense[rank] for leaf, rank in used.items()}
-
-    def _misplaced(self, rowsets: list[RowSet], ranks: dict[str, int]) -> str:
-        """Recheck, in the final order, that every row sits in its deepest nonzero block."""
-        for rowset in rowsets:
-            own = {ranks[part.leaf] for part in rowset.parts}  # one rank
-            if len(own) > 1 or any(ranks[leaf] >= rank for leaf in rowset.below for rank in own):
-                return f"{rowset.op}: the layers of several backward passes do not fit into one order"
-        return ""
-
-    def _layer(
-        self, name: str, leaves: tuple[str, ...], records: Iterable[OpRecord], ranks: dict[str, int]
-    ) -> LayerFindings:
-        records = tuple(records)
-        found = [self.findings[record] for record in records if record in self.findings]
-        kinds = {self.bias.get(record, "none") for record in records}
-        return LayerFindings(
-            name=name,
-            ops=tuple(record.name for record in records),
-            parameters=leaves,
-            bias=kinds.pop() if len(kinds) == 1 else "partial",
-            rank=min((ranks.get(leaf, 1) for leaf in leaves if self.leaves.tensor(leaf).requires_grad), default=1),
-            found=tuple(found),
-        )
+    def _entangled(self) -> list[str]:
+        """Why touches with proxies between the one-sided derivatives may not do."""
+        if not any(found.free for found in self.findings.values()):
+            return []
+        return entangled(upstream_records(self.taus), self.findings)
 
 
 def _solvable(rowsets: list[RowSet], shapes: dict[str, tuple[int, ...]]) -> bool:

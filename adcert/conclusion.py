@@ -55,6 +55,29 @@ class Prints:
 
 
 @dataclass(frozen=True)
+class Known:
+    """A fingerprint that another process has made."""
+
+    text: str
+
+    def digest(self) -> str:
+        """sha256."""
+        return self.text
+
+
+@dataclass(frozen=True)
+class Tally:
+    """What :class:`adcert.findings.Findings` has counted."""
+
+    windows: int
+    ties: int
+    touches: int
+    differing: int
+    unlisted: int
+    exemptions: Counter[str]
+
+
+@dataclass(frozen=True)
 class LayerFindings:
     """One layer's report before its systems are decided; ``ops``: names of its records, ``found``: their findings."""
 
@@ -63,7 +86,7 @@ class LayerFindings:
     parameters: tuple[str, ...]
     bias: str
     rank: int
-    found: tuple[Findings, ...]
+    found: tuple[Findings | Tally, ...]
 
     def counts(self) -> dict[str, Any]:
         """Sums over the records, by the names of :class:`LayerReport`."""
@@ -75,7 +98,7 @@ class LayerFindings:
 
 @dataclass(frozen=True, eq=False)
 class Observed:
-    """A step as the training thread hands it over; no tensor of it requires grad or shares memory with the graph.
+    """A whole step, over all its graphs (:mod:`adcert.assembly`).
 
     ``failures``: of the audit, nothing can be concluded; ``unsettled``: decisions of which only a layered row is open;
     ``outside``, ``mixed``: even splits, and touches with proxies on neither side, that no direction covers. Only
@@ -97,7 +120,7 @@ class Observed:
     shapes: dict[str, tuple[int, ...]]
     strict: bool
     assumptions: tuple[str, ...]
-    prints: dict[str, Prints]
+    prints: dict[str, Prints | Known]
     gradients: Gradients | None = None
     cover: Cover | None = None
     matrices: frozenset[str] = frozenset()
@@ -107,24 +130,6 @@ class Observed:
     joint: Joint = field(default_factory=lambda: Joint(missing="its rows were not taken"))
     outside: list[str] = field(default_factory=list)
     hull: Hull | None = None
-
-    @classmethod
-    def nothing(cls, reason: str, strict: bool) -> Observed:
-        """A step of which nothing is known, for this reason."""
-        return cls([reason], [], (), [], {}, [], 0, {}, strict, (), {})
-
-    @property
-    def nbytes(self) -> int:
-        """What holding it costs, in bytes: its rows and lists."""
-        tensors = [t for prints in self.prints.values() for t in prints.lists]
-        tensors += [t for layer in self.layers for found in layer.found for t in found.open]
-        for element in self.hull.elements if self.hull is not None else ():
-            tensors += [torch.from_numpy(element.rows)]
-        for rowset in {id(rowset): rowset for rowset in (*self.rowsets, *self.joint.rowsets)}.values():
-            for part in rowset.parts:
-                tensors += [t for t in (part.owner, part.group, part.plus, part.minus, part.radius) if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors)
-
 
 @dataclass(frozen=True, eq=False)
 class _Answer:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -23,7 +23,7 @@ import torch
 
 from .bias import Bias
 from .choices import Ties
-from .layers import Graph, Order, kind_of, shape_of
+from .layers import Graph, Order, R, kind_of, shape_of
 from .records import Node, OpRecord
 from .rows import SAME_UNITS
 
@@ -56,6 +56,14 @@ class Kink:
         return weight if 0 <= weight <= 1 else None
 
 
+@dataclass(frozen=True)
+class Added:
+    """A bias: its leaf, and whether it is "distinct" or "shared"."""
+
+    leaf: str
+    kind: str
+
+
 @dataclass(frozen=True, eq=False)
 class Facts:
     """What the theorems ask about one recorded operation.
@@ -69,7 +77,7 @@ class Facts:
     name: str
     kinks: tuple[Kink, ...]
     pooled: bool
-    bias: Bias | None
+    bias: Added | None
     single: bool = False
     mixed: bool = False
     even: bool = False
@@ -102,7 +110,7 @@ def facts_of(graph: Graph, record: OpRecord, own: frozenset[str], bias: Bias | N
         record.name,
         kinks_of(record),
         pools(record),
-        bias,
+        None if bias is None else Added(bias.leaf, bias.kind),
         single=single,
         mixed=bias is not None and _mixes(graph, record, bias.run % max(1, math.prod(record.input_shape[-2:])) == 0),
         even=record.ties is not None and record.ties.even,
@@ -157,7 +165,7 @@ def _matrix(graph: Graph, record: OpRecord, own: frozenset[str]) -> tuple[str, i
     return leaf, rows, graph.leaves.tensor(leaf).numel() // max(1, outputs)
 
 
-def failing(order: Order, facts: dict[OpRecord, Facts]) -> dict[str, tuple[Failure, ...]]:
+def failing(order: Order[R], facts: Mapping[R, Facts]) -> dict[str, tuple[Failure, ...]]:
     """Per theorem the conditions that fail in a graph; where nothing fails it applies.
 
     Theorems 1, 4 and 6 then hold at every step. Theorem 5 still asks for independent inputs at every step that touches.
@@ -181,7 +189,7 @@ def failing(order: Order, facts: dict[OpRecord, Facts]) -> dict[str, tuple[Failu
     }
 
 
-def cover(order: Order, facts: dict[OpRecord, Facts]) -> tuple[Cover | None, frozenset[str]]:
+def cover(order: Order[R], facts: Mapping[R, Facts]) -> tuple[Cover | None, frozenset[str]]:
     """The first of Theorems 1, 4 and 6 that covers every recorded operation; the matrices A_l of Theorem 5's form."""
     conditions = failing(order, facts)
     theorem = next((theorem for theorem in STATIC if not conditions[theorem]), None)
@@ -194,7 +202,7 @@ def claim_of(facts: Collection[Facts]) -> str:
     return "bouligand" if all(kink.side for fact in facts for kink in fact.kinks) else "clarke"
 
 
-def shifted(order: Order, facts: dict[OpRecord, Facts]) -> frozenset[OpRecord]:
+def shifted(order: Order[R], facts: Mapping[R, Facts]) -> frozenset[R]:
     """Records all of whose touches are settled, whatever the values are, by moving their own bias.
 
     Ties elsewhere are no obstacle: they get no say in a bias that all units of a window add.
@@ -214,7 +222,7 @@ def outside(kink: Kink) -> str:
     return f"autodiff's derivative {kink.proxy:g} lies outside [{ends[0]:g}, {ends[1]:g}]"
 
 
-def _biases(order: Order, kinked: dict[OpRecord, Facts]) -> Iterator[Failure]:
+def _biases(order: Order[R], kinked: Mapping[R, Facts]) -> Iterator[Failure]:
     """Every kinked record needs a bias of its own layer, which no other record reads in another way."""
     for fact in kinked.values():
         if fact.bias is None:
@@ -224,7 +232,7 @@ def _biases(order: Order, kinked: dict[OpRecord, Facts]) -> Iterator[Failure]:
             yield Failure(f"it reads {leaf}, the bias of another operation, in another way", name)
 
 
-def _misread(order: Order, kinked: dict[OpRecord, Facts], leaf: str) -> Iterator[str]:
+def _misread(order: Order[R], kinked: Mapping[R, Facts], leaf: str) -> Iterator[str]:
     for record, own in order.own.items():
         bias = kinked[record].bias if record in kinked else None
         if leaf in own and (bias is None or bias.leaf != leaf):
@@ -250,7 +258,7 @@ def _samples(facts: Collection[Facts]) -> Iterator[Failure]:
             yield Failure("several units or samples share an entry of its bias", fact.name)
 
 
-def _matrices(order: Order, kinked: dict[OpRecord, Facts]) -> Iterator[Failure]:
+def _matrices(order: Order[R], kinked: Mapping[R, Facts]) -> Iterator[Failure]:
     users = Counter(leaf for own in order.own.values() for leaf in own)
     for fact in kinked.values():
         if fact.matrix is None:

@@ -21,7 +21,7 @@ from .stages import Stages
 class Ranks:
     """Rank of every leaf: 2 i for layer i's weights, 2 i + 1 for the biases that are split off them."""
 
-    order: Order
+    order: Order[OpRecord]
     of: dict[str, int]
     bias: dict[OpRecord, Bias]
 

@@ -8,9 +8,9 @@ feed it; ``w_l`` are the trainable leaves met there.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Container, Iterable, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -263,11 +263,21 @@ class Tau:
     sources: tuple[OpRecord, ...]
 
 
+class Named(Protocol):
+    """A recorded operation, or what is left of one without its graph (:class:`adcert.assembly.Seen`)."""
+
+    @property
+    def name(self) -> str: ...
+
+
+R = TypeVar("R", bound=Named)
+
+
 @dataclass(frozen=True, eq=False)
-class Layer:
+class Layer(Generic[R]):
     """Recorded operations whose w_l intersect, transitively; ``leaves`` is the union of their w_l."""
 
-    records: tuple[OpRecord, ...]
+    records: tuple[R, ...]
     leaves: tuple[str, ...]
 
     @property
@@ -276,20 +286,20 @@ class Layer:
 
 
 @dataclass(frozen=True)
-class Order:
+class Order(Generic[R]):
     """Layers from the input to the loss.
 
     ``own``: w_l of every record, the leaves of tau_l that no operation upstream reads. ``upstream``: every leaf its y
     depends on otherwise. ``problem``: why the parameters cannot be ordered by depth, or "".
     """
 
-    layers: tuple[Layer, ...]
-    own: dict[OpRecord, frozenset[str]]
-    upstream: dict[OpRecord, frozenset[str]]
+    layers: tuple[Layer[R], ...]
+    own: dict[R, frozenset[str]]
+    upstream: dict[R, frozenset[str]]
     problem: str
 
 
-def order_layers(taus: dict[OpRecord, Tau]) -> Order:
+def order_layers(taus: dict[OpRecord, Tau]) -> Order[OpRecord]:
     """Group records into layers and sort the layers topologically.
 
     A value that skips a nonsmooth operation (``x + f(relu(x))`` with ``x`` affine) brings leaves of an earlier layer
@@ -303,9 +313,15 @@ def order_layers(taus: dict[OpRecord, Tau]) -> Order:
     }
     own = {record: frozenset(taus[record].leaves) - upstream_of[record] for record in taus}
     upstream = {record: (upstream_of[record] | frozenset(taus[record].leaves)) - own[record] for record in taus}
-    groups = _groups(taus, own)
+    problem = next((problem for record in taus for problem in _tied(record, taus, above)), "")
+    return arrange(own, upstream, problem)
+
+
+def arrange(own: dict[R, frozenset[str]], upstream: dict[R, frozenset[str]], problem: str) -> Order[R]:
+    """Layers of records whose leaves are known, sorted; ``problem``: one that is known already, or ""."""
+    groups = _groups(own)
     leaves = [frozenset(leaf for record in group for leaf in own[record]) for group in groups]
-    problems = [problem for record in taus for problem in _tied(record, taus, above)]
+    problems = [problem] if problem else []
     home = {leaf: index for index, members in enumerate(leaves) for leaf in members}
     before: list[set[int]] = []
     for index, group in enumerate(groups):
@@ -340,22 +356,22 @@ def _tied(record: OpRecord, taus: dict[OpRecord, Tau], above: dict[OpRecord, set
     return found
 
 
-def _groups(taus: dict[OpRecord, Tau], own: dict[OpRecord, frozenset[str]]) -> list[list[OpRecord]]:
-    parent = {record: record for record in taus}
+def _groups(own: Mapping[R, frozenset[str]]) -> list[list[R]]:
+    parent = {record: record for record in own}
 
-    def root(record: OpRecord) -> OpRecord:
+    def root(record: R) -> R:
         while parent[record] is not record:
             parent[record] = parent[parent[record]]
             record = parent[record]
         return record
 
-    owner: dict[str, OpRecord] = {}
-    for record in taus:
-        for leaf in own[record]:
+    owner: dict[str, R] = {}
+    for record, leaves in own.items():
+        for leaf in leaves:
             first = owner.setdefault(leaf, record)
             parent[root(record)] = root(first)
-    groups: dict[OpRecord, list[OpRecord]] = defaultdict(list)
-    for record in taus:
+    groups: dict[R, list[R]] = defaultdict(list)
+    for record in own:
         groups[root(record)].append(record)
     return list(groups.values())
 

@@ -16,8 +16,9 @@ from torch import Tensor
 
 from . import compiled, records, state
 from .analysis import StepAnalysis
+from .assembly import Share, assemble
 from .certificate import Certificate, Verdict
-from .conclusion import Observed, conclude, failed
+from .conclusion import conclude, failed
 from .errors import AdcertError, UncertifiedError
 from .gradients import Examination
 from .lists import Rooms
@@ -137,7 +138,7 @@ class Step:
             with compiled.seen(), records.recording(self._recorder), self._watch:
                 yield
 
-    def _observed(self) -> Observed:
+    def _share(self) -> Share:
         """What the worker needs; lets go of everything else."""
         analysis, watch = self._analysis, self._watch
         assert analysis is not None and watch is not None
@@ -147,15 +148,15 @@ class Step:
                 self._look(analysis)
                 if not analysis.roots:
                     analysis.failures.update(watch.problems)
-                observed = analysis.observed(self._examination.found, watch.assumptions)
+                share = analysis.share(self._examination.found, watch.assumptions)
         except Exception as error:  # the user's training goes on; the step is undecided, loudly
-            observed = Observed.nothing(f"the analysis failed with {type(error).__name__}: {error}", analysis.strict)
+            share = Share([f"the analysis failed with {type(error).__name__}: {error}"], analysis.strict)
         now = time.perf_counter()
-        observed.seconds["analysis"] = analysis.seconds["analysis"] + now - start
-        observed.seconds["step"] = now - self._began
+        share.seconds["analysis"] = analysis.seconds["analysis"] + now - start
+        share.seconds["step"] = now - self._began
         self._summary = {"partial": analysis.pairs + analysis.joint.pairs}
         self._release()
-        return observed
+        return share
 
     def _deliver(self, certificate: Certificate) -> None:
         self._summary = summarize(self.number, certificate) | self._summary
@@ -263,7 +264,7 @@ class Monitor:
         self._totals = Totals()
         self._memory = Memory()
         self._rooms = Rooms()
-        self._desk: Desk[tuple[Step, Observed]] = Desk(self._conclude, self._lost, Bounds(queue, _QUEUE_BYTES))
+        self._desk: Desk[tuple[Step, Share]] = Desk(self._conclude, self._lost, Bounds(queue, _QUEUE_BYTES))
 
     def __enter__(self) -> Monitor:
         if self._log is not None:
@@ -320,16 +321,16 @@ class Monitor:
         try:
             with step._running():
                 yield step
-            observed = None if step.skipped else step._observed()
+            share = None if step.skipped else step._share()
         except BaseException:
             self._totals.aborted += not step.skipped
             step._release()
             raise
-        if observed is None:
+        if share is None:
             step._release()
             return
         step._wait = self._desk.wait
-        self._desk.submit((step, observed), observed.nbytes)
+        self._desk.submit((step, share), share.nbytes)
         if self.on_fail == "raise" and step.certificate().verdict is not Verdict.CERTIFIED:
             certificate = step.certificate()
             raise UncertifiedError(
@@ -347,15 +348,19 @@ class Monitor:
         names = {id(module): name for name, module in self.model.named_modules()}
         return Step(number, StepAnalysis(self.model, self.strict), Recorder(names, self._rooms))
 
-    def _conclude(self, job: tuple[Step, Observed]) -> None:
-        step, observed = job
+    def _conclude(self, job: tuple[Step, Share]) -> None:
+        step, share = job
         with torch._C.DisableTorchFunction():  # a mode of the user's thread, a default device say, is not for us
-            certificate = conclude(observed, self._memory)
+            certificate = conclude(assemble(share), self._memory)
         self._account(step, certificate)
 
-    def _lost(self, job: tuple[Step, Observed], reason: str) -> None:
-        step, observed = job
+    def _lost(self, job: tuple[Step, Share], reason: str) -> None:
+        step, share = job
         if step._certificate is None:  # else the verdict stands, and the log's trouble is told by flush
+            try:
+                observed = assemble(share)
+            except Exception:  # which may be what was lost
+                observed = assemble(Share(share.failures, share.strict))
             self._account(step, failed(observed, reason))
 
     def _account(self, step: Step, certificate: Certificate) -> None:

@@ -17,7 +17,7 @@ from .layers import Graph, Order
 from .records import OpRecord
 
 
-def rank_leaves(graph: Graph, order: Order, strict: bool) -> Ranks:
+def rank_leaves(graph: Graph, order: Order[OpRecord], strict: bool) -> Ranks:
     """Split a layer's bias from its other parameters where every record of the layer agrees on it.
 
     The bias block of a same-group tie is exactly zero and that of a touch is -1, so ranking the bias above the
@@ -66,7 +66,7 @@ def _torn(biases: dict[OpRecord, Bias | None]) -> bool:
 
 
 def _splits(
-    graph: Graph, order: Order, biases: dict[OpRecord, Bias | None], tied: dict[OpRecord, list[OpRecord]]
+    graph: Graph, order: Order[OpRecord], biases: dict[OpRecord, Bias | None], tied: dict[OpRecord, list[OpRecord]]
 ) -> bool:
     used = {bias.leaf for bias in biases.values() if bias is not None}
     for record, bias in biases.items():

@@ -228,7 +228,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
             yield from _tensors(item)
 
 
-def _facts(graph: Graph, order: Order, record: OpRecord) -> Facts:
+def _facts(graph: Graph, order: Order[OpRecord], record: OpRecord) -> Facts:
     own = order.own[record]
     return facts_of(graph, record, own, bias_of(graph, record, own))
 
@@ -247,7 +247,7 @@ def _problems(graph: Graph, watch: Watch) -> list[str]:
     return list(dict.fromkeys([*problems, *watch.problems]))
 
 
-def _theorems(order: Order, facts: dict[OpRecord, Facts], problems: list[Failure]) -> tuple[Theorem, ...]:
+def _theorems(order: Order[OpRecord], facts: dict[OpRecord, Facts], problems: list[Failure]) -> tuple[Theorem, ...]:
     conditions = failing(order, facts)
     claim = claim_of(facts.values())
     sides = [Failure("a proxy that is no one-sided derivative", f.name) for f in facts.values() if not _sided(f)]
@@ -288,7 +288,7 @@ def _columns(facts: dict[OpRecord, Facts]) -> Iterator[Failure]:
 
 
 def _operation(
-    graph: Graph, order: Order, record: OpRecord, fact: Facts, theorems: tuple[Theorem, ...], settled: bool
+    graph: Graph, order: Order[OpRecord], record: OpRecord, fact: Facts, theorems: tuple[Theorem, ...], settled: bool
 ) -> Operation:
     names = [] if record.rho is None else [_activation(record.rho)]
     names += [] if record.ties is None else [_choice(record)]

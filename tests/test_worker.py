@@ -17,6 +17,7 @@ from torch import nn
 
 import adcert
 from adcert import monitor as driver
+from adcert.assembly import Share
 from adcert.certificate import Certificate, Verdict
 from adcert.conclusion import Observed
 from adcert.worker import Bounds, Desk
@@ -376,7 +377,7 @@ def test_what_waits_holds_no_graph(monkeypatch: pytest.MonkeyPatch):
     import gc
     import weakref
 
-    kept: list[Observed] = []
+    kept: list[Share] = []
     monkeypatch.setattr(driver.Monitor, "_conclude", lambda self, job: kept.append(job[1]))
     model = network()
     nn.init.ones_(model[0].weight)
