@@ -12,18 +12,16 @@ import os
 import re
 import tempfile
 import zipfile
-from collections.abc import Callable
 from dataclasses import asdict
 from math import isfinite, prod
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-import flint
 import numpy as np
 
 from adcert.certificate import RULES, Block, Certificate, Column, Combination, LayerReport, Verdict
 from adcert.errors import CertificateError
-from adcert.feasibility import Proof
+from adcert.fields import count, digits, integer, keys, mapping, proof, proof_fields, refuse, sequence, text
 
 if TYPE_CHECKING:
     Array = np.ndarray[Any, Any]
@@ -32,14 +30,11 @@ FORMAT, VERSION = "adcert certificate", 3
 MAX_BYTES = 1 << 30  # of a whole file
 MAX_TEXT = 1 << 28  # of certificate.json
 MAX_ENTRIES = 200_000  # of the zip
-MAX_DIGITS = 200_000  # of one integer
 _MANIFEST = "certificate.json"
 _FIELDS = """format version verdict reasons layers blocks system claim theorem shapes scales assumptions
     fingerprints seconds combination"""
 _ARRAY = re.compile(r"arrays/(0|[1-9][0-9]{0,6})\.npy")
-_INTEGER = re.compile(r"-?[0-9]+")
 _DTYPES = tuple(np.dtype(name) for name in ("<f4", "<f8", "<i8", "|u1"))
-_Item = TypeVar("_Item")
 
 
 def write(certificate: Certificate, path: str | os.PathLike[str]) -> None:
@@ -89,10 +84,6 @@ def _manifest(certificate: Certificate, arrays: list[Array]) -> dict[str, Any]:
             raise CertificateError(f"unknown rules {sorted(set(block.rules) - set(RULES))}")
         codes = np.array([RULES.index(rule) for rule in block.rules], dtype=np.uint8)
         columns = [{"parameter": c.parameter, "indices": put(c.indices, ("<i8",))} for c in block.columns]
-        proof = block.proof and {
-            "rows": list(block.proof.rows),
-            "weights": [_digits(w) for w in block.proof.weights],
-        }
         blocks.append(
             {
                 "layer": block.layer,
@@ -103,15 +94,15 @@ def _manifest(certificate: Certificate, arrays: list[Array]) -> dict[str, Any]:
                 "radius": put(block.radius),
                 "rules": put(codes, ("|u1",)),
                 "reason": block.reason,
-                "direction": None if block.direction is None else [_digits(x) for x in block.direction],
-                "proof": proof,
+                "direction": None if block.direction is None else [digits(x) for x in block.direction],
+                "proof": proof_fields(block.proof),
             }
         )
     whole = certificate.combination
     combination = whole and {
         "elements": put(whole.elements, ("<f8",)),
         "target": put(whole.target, ("<f8",)),
-        "weights": [_digits(w) for w in whole.weights],
+        "weights": [digits(w) for w in whole.weights],
     }
     return {
         "format": FORMAT,
@@ -130,14 +121,6 @@ def _manifest(certificate: Certificate, arrays: list[Array]) -> dict[str, Any]:
         "seconds": certificate.seconds,
         "combination": combination,
     }
-
-
-def _digits(value: int) -> str:
-    # Python refuses to convert integers beyond 4,300 digits and its limit is global; FLINT has none.
-    text = str(flint.fmpz(value))
-    if len(text) > MAX_DIGITS:
-        raise CertificateError(f"an integer of {len(text)} digits, more than the {MAX_DIGITS} a file may hold")
-    return text
 
 
 def read(path: str | os.PathLike[str]) -> Certificate:
@@ -177,10 +160,6 @@ def _entries(archive: zipfile.ZipFile, size: int) -> dict[str, zipfile.ZipInfo]:
     return entries
 
 
-def _refuse(constant: str) -> float:
-    raise CertificateError(f"{constant} is not a number")
-
-
 class _Reader:
     """Turns the validated entries into records; every method checks what it returns."""
 
@@ -191,14 +170,14 @@ class _Reader:
 
     def certificate(self) -> Certificate:
         try:
-            data = json.loads(self.archive.read(_MANIFEST), parse_constant=_refuse)
+            data = json.loads(self.archive.read(_MANIFEST), parse_constant=refuse)
         except RecursionError as error:
             raise CertificateError(f"{_MANIFEST} is nested too deeply") from error
         if isinstance(data, dict) and data.get("version") == 1 and "theorem" not in data:
             data = {"theorem": "", **data, "version": 2}  # the first format does not name it
         if isinstance(data, dict) and data.get("version") == 2 and "combination" not in data:
             data = {**data, "combination": None, "version": VERSION}  # the second one had none
-        _keys(data, _FIELDS, "certificate")
+        keys(data, _FIELDS, "certificate")
         if data["format"] != FORMAT or data["version"] != VERSION:
             raise CertificateError(
                 f"format {data['format']!r} version {data['version']!r}; {FORMAT!r} version {VERSION} is read"
@@ -207,17 +186,17 @@ class _Reader:
             raise CertificateError(f"unknown verdict {data['verdict']!r}")
         result = Certificate(
             Verdict(data["verdict"]),
-            reasons=_sequence(data["reasons"], _text),
-            layers=_sequence(data["layers"], _layer),
-            blocks=_sequence(data["blocks"], self.block),
-            system=_text(data["system"]),
-            claim=_text(data["claim"]),
-            theorem=_text(data["theorem"]),
-            shapes=_mapping(data["shapes"], lambda shape: _sequence(shape, _count)),
-            scales=_mapping(data["scales"], _count),
-            assumptions=_sequence(data["assumptions"], _text),
-            fingerprints=_mapping(data["fingerprints"], _text),
-            seconds=_mapping(data["seconds"], _seconds),
+            reasons=sequence(data["reasons"], text),
+            layers=sequence(data["layers"], _layer),
+            blocks=sequence(data["blocks"], self.block),
+            system=text(data["system"]),
+            claim=text(data["claim"]),
+            theorem=text(data["theorem"]),
+            shapes=mapping(data["shapes"], lambda shape: sequence(shape, count)),
+            scales=mapping(data["scales"], count),
+            assumptions=sequence(data["assumptions"], text),
+            fingerprints=mapping(data["fingerprints"], text),
+            seconds=mapping(data["seconds"], _seconds),
             combination=self.combination(data["combination"]),
         )
         if self.used != self.entries.keys():
@@ -225,7 +204,7 @@ class _Reader:
         return result
 
     def block(self, data: Any) -> Block:
-        _keys(data, "layer rank columns rows minus radius rules direction proof reason", "block")
+        keys(data, "layer rank columns rows minus radius rules direction proof reason", "block")
         codes = self.array(data["rules"], 1, ("|u1",))
         if codes.size and int(codes.max()) >= len(RULES):
             raise CertificateError("unknown rule")
@@ -233,33 +212,33 @@ class _Reader:
         minus, radius = (None if data[k] is None else self.array(data[k], 2) for k in ("minus", "radius"))
         if any(array is not None and array.shape != shape for array in (minus, radius)) or len(codes) != shape[0]:
             raise CertificateError("the arrays of a block differ in shape")
-        direction = None if data["direction"] is None else _sequence(data["direction"], _integer)
+        direction = None if data["direction"] is None else sequence(data["direction"], integer)
         return Block(
-            _text(data["layer"]),
-            _count(data["rank"]),
-            _sequence(data["columns"], self.column),
+            text(data["layer"]),
+            count(data["rank"]),
+            sequence(data["columns"], self.column),
             rows,
             minus,
             radius,
             tuple(RULES[code] for code in codes),
             direction,
-            _proof(data["proof"]),
-            _text(data["reason"]),
+            proof(data["proof"]),
+            text(data["reason"]),
         )
 
     def combination(self, data: Any) -> Combination | None:
         if data is None:
             return None
-        _keys(data, "elements target weights", "combination")
+        keys(data, "elements target weights", "combination")
         elements, target = self.array(data["elements"], 2, ("<f8",)), self.array(data["target"], 1, ("<f8",))
-        return Combination(elements, target, _sequence(data["weights"], _integer))
+        return Combination(elements, target, sequence(data["weights"], integer))
 
     def column(self, data: Any) -> Column:
-        _keys(data, "parameter indices", "column")
-        return Column(_text(data["parameter"]), self.array(data["indices"], 1, ("<i8",)))
+        keys(data, "parameter indices", "column")
+        return Column(text(data["parameter"]), self.array(data["indices"], 1, ("<i8",)))
 
     def array(self, number: Any, dimensions: int, dtypes: tuple[str, ...] = ("<f4", "<f8")) -> Array:
-        name = f"arrays/{_count(number)}.npy"
+        name = f"arrays/{count(number)}.npy"
         if name not in self.entries or name in self.used:
             raise CertificateError(f"{name} is missing or used twice")
         self.used.add(name)
@@ -281,61 +260,19 @@ class _Reader:
         return np.frombuffer(data, dtype=dtype, offset=start).reshape(shape).copy()
 
 
-def _keys(data: Any, names: str, what: str) -> None:
-    if not isinstance(data, dict) or set(data) != set(names.split()):
-        raise CertificateError(f"a {what} must have exactly the fields {names}")
-
-
-def _sequence(data: Any, item: Callable[[Any], _Item]) -> tuple[_Item, ...]:
-    if not isinstance(data, list):
-        raise CertificateError(f"a list is needed, not {type(data).__name__}")
-    return tuple(item(entry) for entry in data)
-
-
-def _mapping(data: Any, item: Callable[[Any], _Item]) -> dict[str, _Item]:
-    if not isinstance(data, dict):
-        raise CertificateError(f"an object is needed, not {type(data).__name__}")
-    return {key: item(value) for key, value in data.items()}
-
-
-def _text(data: Any) -> str:
-    if not isinstance(data, str):
-        raise CertificateError(f"a text is needed, not {type(data).__name__}")
-    return data
-
-
-def _count(data: Any) -> int:
-    if not isinstance(data, int) or isinstance(data, bool) or not 0 <= data < 1 << 62:
-        raise CertificateError("a nonnegative integer of at most 62 bits is needed")
-    return data
-
-
 def _seconds(data: Any) -> float:
     if not isinstance(data, int | float) or isinstance(data, bool) or not isfinite(data):
         raise CertificateError("a finite number is needed")
     return float(data)
 
 
-def _integer(data: Any) -> int:
-    if len(_text(data)) > MAX_DIGITS or not _INTEGER.fullmatch(data):
-        raise CertificateError(f"{data[:40]!r} is not a decimal integer of at most {MAX_DIGITS} digits")
-    return int(flint.fmpz(data))
-
-
-def _proof(data: Any) -> Proof | None:
-    if data is None:
-        return None
-    _keys(data, "rows weights", "proof")
-    return Proof(_sequence(data["rows"], _count), _sequence(data["weights"], _integer))
-
-
 def _layer(data: Any) -> LayerReport:
-    _keys(data, "name parameters bias rank windows ties touches exemptions differing rows blocks", "layer")
-    counts = {key: _count(data[key]) for key in ("rank", "windows", "ties", "touches", "differing", "rows", "blocks")}
+    keys(data, "name parameters bias rank windows ties touches exemptions differing rows blocks", "layer")
+    counts = {key: count(data[key]) for key in ("rank", "windows", "ties", "touches", "differing", "rows", "blocks")}
     return LayerReport(
-        name=_text(data["name"]),
-        parameters=_sequence(data["parameters"], _text),
-        bias=_text(data["bias"]),
-        exemptions=_mapping(data["exemptions"], _count),
+        name=text(data["name"]),
+        parameters=sequence(data["parameters"], text),
+        bias=text(data["bias"]),
+        exemptions=mapping(data["exemptions"], count),
         **counts,
     )
