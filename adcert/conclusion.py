@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter, defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,7 @@ from .hull import Hull
 from .independence import independent
 from .joint import ENTRIES, Joint
 from .records import OpRecord
-from .systems import Memory, Solved, System, count_blocks, solve
+from .systems import Memory, Solved, System, Team, count_blocks, solve
 
 _EMPTY = Verdict.UNCERTIFIED
 LARGE = 256  # rows of a step from which on nothing more is decided once one block is proved empty
@@ -143,15 +143,23 @@ class _Answer:
     sound: bool = True  # False where something is missing that cannot be
 
 
-def conclude(step: Observed, memory: Memory | None = None) -> Certificate:
+Solve = Callable[[System, bool], Solved]  # adcert.systems.solve, whatever helps it
+
+
+def conclude(step: Observed, memory: Memory | None = None, team: Team | None = None) -> Certificate:
     """The step's certificate: UNDECIDED if the systems cannot be decided for whatever reason.
 
-    ``memory``: directions of earlier steps, tried first where a block is large.
+    ``memory``: directions of earlier steps, tried first where a block is large. ``team``: processes that conclude the
+    same step and share the work.
     """
     start = time.perf_counter()
+
+    def decided(system: System, short: bool) -> Solved:
+        return solve(system, short, memory, team)
+
     try:
         failures = [*step.failures, *(step.gradients.late() if step.gradients else [])]
-        answer = _nothing(step, failures) if failures else _tried(step, memory)
+        answer = _nothing(step, failures) if failures else _tried(step, decided)
     except Exception as error:
         answer = _nothing(step, [f"the systems could not be decided: {type(error).__name__}: {error}"])
     joint = answer.system in ("joint", "hull")
@@ -209,9 +217,9 @@ def _inputs_independent(matrices: frozenset[str], block: Block) -> bool:
     return bool(of_matrix.any()) and independent(*parts)
 
 
-def _tried(step: Observed, memory: Memory | None) -> _Answer:
+def _tried(step: Observed, solve: Solve) -> _Answer:
     """The systems' answer; where they do not certify, and no defect is behind that, the combination's."""
-    answer = _nothing(step, step.outside) if step.outside else _answer(step, memory)
+    answer = _nothing(step, step.outside) if step.outside else _answer(step, solve)
     if answer.verdict is Verdict.CERTIFIED or not answer.sound or step.strict or step.hull is None:
         return answer
     return _convex(step, step.hull)
@@ -227,7 +235,7 @@ def _convex(step: Observed, hull: Hull) -> _Answer:
     return _Answer("hull", Verdict.CERTIFIED, [], (*layers, whole), blocks)
 
 
-def _answer(step: Observed, memory: Memory | None) -> _Answer:
+def _answer(step: Observed, solve: Solve) -> _Answer:
     """The layered system's answer; the joint one's where there is no other, or where only that one certifies.
 
     Where the layered system has a direction the joint one has too; where both are empty the layered proof, which names
@@ -235,13 +243,13 @@ def _answer(step: Observed, memory: Memory | None) -> _Answer:
     """
     if step.problem:
         tried = not step.joint.missing and not step.unlisted
-        return _jointly(step, memory) if tried else _nothing(step, [step.problem, _untried(step)])
-    first = _layered(step, memory)
+        return _jointly(step, solve) if tried else _nothing(step, [step.problem, _untried(step)])
+    first = _layered(step, solve)
     if step.strict or first.verdict is Verdict.CERTIFIED or not first.sound:
         return first
     if step.joint.missing or step.unlisted:
         return replace(first, reasons=[*first.reasons, _untried(step)])
-    second = _jointly(step, memory)
+    second = _jointly(step, solve)
     if second.verdict is Verdict.CERTIFIED or (second.verdict, first.verdict) == (_EMPTY, Verdict.UNDECIDED):
         return second
     return replace(first, reasons=[*first.reasons, *second.reasons])
@@ -256,9 +264,9 @@ def _nothing(step: Observed, reasons: list[str]) -> _Answer:
     return _Answer(name, Verdict.UNDECIDED, reasons, tuple(_report(layer, {}) for layer in step.layers))
 
 
-def _layered(step: Observed, memory: Memory | None) -> _Answer:
+def _layered(step: Observed, solve: Solve) -> _Answer:
     """The systems of all layers and ranks: the paper's, or the lexicographic form of E4."""
-    solved = _solved(step, memory)
+    solved = _solved(step, solve)
     blocks = tuple(block for system in solved.values() for block in system.blocks)
     left = step.unlisted + sum(system.count - len(system.blocks) for system in solved.values())
     failures = []
@@ -269,10 +277,10 @@ def _layered(step: Observed, memory: Memory | None) -> _Answer:
     return _Answer("paper" if step.strict else "lexicographic", verdict, reasons, layers, blocks, not failures)
 
 
-def _jointly(step: Observed, memory: Memory | None) -> _Answer:
+def _jointly(step: Observed, solve: Solve) -> _Answer:
     """Theorem E4's one system over all parameters. Its rows are reported as those of a layer of its own."""
     name = _whole(step)
-    solved = solve(System(name, 1, step.joint.rowsets, step.shapes, ENTRIES), True, memory)
+    solved = solve(System(name, 1, step.joint.rowsets, step.shapes, ENTRIES), True)
     verdict, reasons = _verdict([], [*step.mixed, *step.joint.doubts], solved.blocks, joint=True)
     layers = tuple(replace(_report(layer, {}), rank=1, rows=0) for layer in step.layers)
     if solved.count:
@@ -295,7 +303,7 @@ def failed(step: Observed, reason: str) -> Certificate:
     return conclude(replace(step, failures=[*step.failures, reason], prints={}, gradients=None))
 
 
-def _solved(step: Observed, memory: Memory | None) -> dict[tuple[str, int], Solved]:
+def _solved(step: Observed, solve: Solve) -> dict[tuple[str, int], Solved]:
     """Every (layer, rank) system's blocks."""
     names = {leaf: layer.name for layer in step.layers for leaf in layer.parameters}
     home = {op: layer.name for layer in step.layers for op in layer.ops}
@@ -318,7 +326,7 @@ def _solved(step: Observed, memory: Memory | None) -> dict[tuple[str, int], Solv
         elif short and (known or any(done.empty for done in solved.values())):
             solved[layer, rank] = Solved([], *count_blocks(system))
         else:
-            solved[layer, rank] = solve(system, short, memory)
+            solved[layer, rank] = solve(system, short)
         if free:
             solved[layer, rank] = replace(solved[layer, rank], blocks=[judged(b) for b in solved[layer, rank].blocks])
     return {key: solved[key] for key in systems}

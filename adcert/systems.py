@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from scipy.sparse.csgraph import connected_components
 from . import ops
 from .certificate import FREE, Block, Column
 from .differences import Part, RowSet, groups_of
-from .feasibility import Proof, decide
+from .feasibility import Decision, Proof, check_direction, check_proof, decide
 from .wide import decide_wide, is_wide
 
 _REMEMBERED = 32  # rows from which on a block's direction is worth keeping for the next step
@@ -55,6 +56,30 @@ class Solved:
         return any(block.proof is not None for block in self.blocks)
 
 
+Answer = tuple[np.ndarray | None, Decision]  # the columns it is about, None for all of a block's, and the decision
+
+
+class Team(Protocol):
+    """Processes that have the same blocks to decide (:mod:`adcert.distributed`)."""
+
+    def decide(self, count: int, answer: Callable[[int], Answer], short: bool) -> dict[int, Answer]:
+        """Answers for ``count`` blocks, the same for all processes; ``short``: fewer if one is proved empty."""
+        ...
+
+
+@dataclass(frozen=True, eq=False)
+class _Cut:
+    """A block before it is decided. ``key``: under which its direction is remembered, () if it is not."""
+
+    columns: tuple[Column, ...]
+    plus: np.ndarray
+    minus: np.ndarray | None
+    radius: np.ndarray | None
+    rules: tuple[str, ...]
+    key: tuple[object, ...] = ()
+    reason: str = ""  # why it is not decided at all
+
+
 class Memory:
     """Directions of the last large blocks: what a block of the next step tries first. Bounded; holds no tensor."""
 
@@ -73,12 +98,13 @@ class Memory:
                 self._directions.popitem(last=False)
 
 
-def solve(system: System, short: bool = False, memory: Memory | None = None) -> Solved:
+def solve(system: System, short: bool = False, memory: Memory | None = None, team: Team | None = None) -> Solved:
     """Cut a system into its blocks and decide each of them.
 
     Two (leaf, group) column sets belong to one block iff some row has entries in both: the system
     splits exactly along these blocks. ``short``: begin with the largest block and decide none after one is proved
-    empty; the others are only counted. ``memory``: of earlier steps.
+    empty; the others are only counted. ``memory``: of earlier steps. ``team``: shares the work; what the others answer
+    is checked here.
     """
     offsets = _offsets(system)
     labels = _labels(system, offsets)
@@ -87,15 +113,29 @@ def solve(system: System, short: bool = False, memory: Memory | None = None) -> 
     members = [block for block in np.split(order, cuts) if len(block)]
     if short:
         members.sort(key=lambda block: -len(block))
-    blocks: list[Block] = []
-    rows = 0
-    for block in members:
-        if short and blocks and blocks[-1].proof is not None:
-            rows += len(block)
-        else:
-            blocks.append(_block(system, offsets, block, memory))
-            rows += len(blocks[-1].rows)
-    return Solved(blocks, rows, len(members))
+    found: dict[int, Block] = {}
+
+    def cut(number: int) -> _Cut:
+        return _cut(system, offsets, members[number])
+
+    def keep(number: int, cut: _Cut, answer: Answer) -> None:
+        block = found[number] = _told(system, cut, answer)
+        if memory is not None and cut.key:
+            memory.keep(cut.key, block)
+
+    if team is None or not members:
+        for number in range(len(members)):
+            made = cut(number)
+            keep(number, made, _answered(made, memory))
+            if short and found[number].proof is not None:
+                break
+    else:
+        answers = team.decide(len(members), lambda number: _answered(cut(number), memory), short)
+        for number, answer in sorted(answers.items()):
+            made = cut(number)
+            keep(number, made, _checked(made, answer))
+    rows = sum(len(found[k].rows) if k in found else len(block) for k, block in enumerate(members))
+    return Solved(list(found.values()), rows, len(members))
 
 
 def count_blocks(system: System) -> tuple[int, int]:
@@ -136,7 +176,8 @@ def contradiction(system: System) -> Block | None:
             start = int(group[pair[0]]) * plus.shape[1]
             columns = (Column(leaf, np.arange(start, start + plus.shape[1])),)
             first, second = (side[pair].to(torch.float64).numpy() for side in (plus, minus))
-            block = _decided(system, columns, first, second, None, [rule] * 2)
+            cut = _reduced(system, columns, first, second, None, [rule] * 2)
+            block = _told(system, cut, _answered(cut))
             if block.proof is not None:
                 return block
     return None
@@ -172,8 +213,8 @@ def _labels(system: System, offsets: dict[str, int]) -> np.ndarray:
     return components[:rows]
 
 
-def _block(system: System, offsets: dict[str, int], members: np.ndarray, memory: Memory | None) -> Block:
-    """Fill the matrices of one block from the parts of its rows and decide it."""
+def _cut(system: System, offsets: dict[str, int], members: np.ndarray) -> _Cut:
+    """Fill the matrices of one block from the parts of its rows."""
     pieces: list[tuple[Part, np.ndarray, np.ndarray]] = []
     rules: list[str] = []
     start = done = 0
@@ -203,7 +244,7 @@ def _block(system: System, offsets: dict[str, int], members: np.ndarray, memory:
         width += size * len(groups)
     if system.limit is not None and done * width > system.limit:
         reason = f"{done} rows of {width:,} columns, limit {system.limit:,} entries"
-        return Block(system.layer, system.rank, (), np.zeros((0, 0)), reason=reason)
+        return _Cut((), np.zeros((0, 0)), None, None, (), reason=reason)
     plus, minus = np.zeros((done, width)), np.zeros((done, width))
     radius = np.zeros((done, width)) if any(part.radius is not None for part, _, _ in pieces) else None
     for part, local, picked in pieces:
@@ -214,57 +255,81 @@ def _block(system: System, offsets: dict[str, int], members: np.ndarray, memory:
         minus[index] += part.minus[taken].to(torch.float64).numpy()
         if radius is not None and part.radius is not None:
             radius[index] += part.radius[taken].numpy()
-    return _decided(system, tuple(columns), plus, minus, radius, rules, memory)
+    return _reduced(system, tuple(columns), plus, minus, radius, rules)
 
 
-def _decided(
+def _reduced(
     system: System,
     columns: tuple[Column, ...],
     plus: np.ndarray,
     minus: np.ndarray,
     radius: np.ndarray | None,
     rules: list[str],
-    memory: Memory | None = None,
-) -> Block:
-    """Drop repeated rows, decide, and keep only what the answer rests on."""
+) -> _Cut:
+    """Drop repeated rows; each free row stands for a choice of its own, and equal ones are not independent."""
     names, subtracted = tuple(rules), minus if minus.any() else None
-    if is_wide(*plus.shape):
-        chosen, answer = decide_wide(plus, subtracted, radius)
+    if is_wide(*plus.shape) or FREE in rules:
+        return _Cut(columns, plus, subtracted, radius, names)
+    stacked = np.concatenate([plus, minus] if radius is None else [plus, minus, radius], axis=1)
+    first = ops.distinct_rows(torch.from_numpy(np.ascontiguousarray(stacked))).numpy()
+    plus, radius = plus[first], None if radius is None else radius[first]
+    names, subtracted = tuple(rules[i] for i in first), None if subtracted is None else subtracted[first]
+    key = (system.layer, system.rank, *((column.parameter, int(column.indices[0])) for column in columns))
+    return _Cut(columns, plus, subtracted, radius, names, key)
+
+
+def _answered(cut: _Cut, memory: Memory | None = None) -> Answer:
+    """The block's decision."""
+    if cut.reason:
+        return None, Decision(None, None, None, cut.reason)
+    if is_wide(*cut.plus.shape):
+        return decide_wide(cut.plus, cut.minus, cut.radius)
+    warm = memory.recall(cut.key) if memory is not None and cut.key else None
+    return None, decide(cut.plus, cut.minus, cut.radius, warm=warm)
+
+
+def _checked(cut: _Cut, answer: Answer) -> Answer:
+    """Another process's answer, if it holds."""
+    chosen, found = answer
+    width = cut.plus.shape[1]
+    columns = np.arange(width) if chosen is None else chosen
+    holds = len(columns) == 0 or (columns[-1] < width and bool((np.diff(columns) > 0).all()))
+    if holds and found.direction is not None:
+        whole = dict(zip(columns.tolist(), found.direction, strict=False))
+        direction = [whole.get(k, 0) for k in range(width)]
+        same = len(columns) == len(found.direction)
+        holds = same and check_direction(cut.plus, direction, cut.minus, cut.radius)
+    if holds and found.proof is not None:
+        holds = check_proof(cut.plus, found.proof, cut.minus, cut.radius)
+    return answer if holds else (None, Decision(None, None, None, "another rank's answer does not hold"))
+
+
+def _told(system: System, cut: _Cut, answer: Answer) -> Block:
+    """The block with its answer, and only what that rests on."""
+    chosen, found = answer
+    columns, plus, minus, radius, rules = cut.columns, cut.plus, cut.minus, cut.radius, cut.rules
+    if chosen is not None:
         columns = _picked(columns, chosen)
-        plus, subtracted = plus[:, chosen], None if subtracted is None else subtracted[:, chosen]
+        plus, minus = plus[:, chosen], None if minus is None else minus[:, chosen]
         radius = None if radius is None else radius[:, chosen]
-        key: tuple[object, ...] = ()
-    elif FREE in rules:  # each free row stands for a choice of its own: equal ones are not independent
-        key = ()
-        answer = decide(plus, subtracted, radius)
-    else:
-        stacked = np.concatenate([plus, minus] if radius is None else [plus, minus, radius], axis=1)
-        first = ops.distinct_rows(torch.from_numpy(np.ascontiguousarray(stacked))).numpy()
-        plus, radius = plus[first], None if radius is None else radius[first]
-        names, subtracted = tuple(rules[i] for i in first), None if subtracted is None else subtracted[first]
-        key = (system.layer, system.rank, *((column.parameter, int(column.indices[0])) for column in columns))
-        answer = decide(plus, subtracted, radius, warm=memory.recall(key) if memory else None)
-    proof = answer.proof
+    proof = found.proof
     if proof is not None:  # the other rows do not matter any more
         rest = list(proof.rows)
-        plus, subtracted = plus[rest], None if subtracted is None else subtracted[rest]
-        radius, names = None if radius is None else radius[rest], tuple(names[i] for i in rest)
+        plus, minus = plus[rest], None if minus is None else minus[rest]
+        radius, rules = None if radius is None else radius[rest], tuple(rules[i] for i in rest)
         proof = Proof(tuple(range(len(rest))), proof.weights)
-    block = Block(
+    return Block(
         layer=system.layer,
         rank=system.rank,
         columns=columns,
         rows=plus,
-        minus=subtracted,
+        minus=minus,
         radius=radius,
-        rules=names,
-        direction=answer.direction,
+        rules=rules,
+        direction=found.direction,
         proof=proof,
-        reason=answer.reason,
+        reason=found.reason,
     )
-    if memory is not None and key:
-        memory.keep(key, block)
-    return block
 
 
 def _picked(columns: tuple[Column, ...], chosen: np.ndarray) -> tuple[Column, ...]:
