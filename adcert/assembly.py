@@ -20,7 +20,7 @@ from .conclusion import Known, LayerFindings, Observed, Prints, Tally
 from .coverage import Cover, Facts, cover
 from .differences import RowSet
 from .findings import Findings
-from .gradients import Gradients
+from .gradients import Gradients, Sample
 from .hull import Hull
 from .joint import Joint
 from .layers import Layer, Order, arrange
@@ -51,6 +51,7 @@ class Share:
     Fields that are not explained here are those of :class:`adcert.conclusion.Observed`. ``split``: of every leaf in a
     layer whether it is a bias that ranks above its layer's weights; ``free``: touches with proxies between the sides;
     ``foreign``: leaves outside the model; ``problem``: why its own graphs have no order of layers, or "".
+    ``sample``: of gradients and parameters, if they are to be compared.
     """
 
     failures: list[str]
@@ -71,6 +72,7 @@ class Share:
     prints: Mapping[str, Prints | Known] = field(default_factory=dict)
     gradients: Gradients | None = None
     hull: Hull | None = None
+    sample: Sample | Known | None = None
     seconds: dict[str, float] = field(default_factory=dict)
 
     @property
@@ -184,8 +186,9 @@ def merge(shares: Sequence[Share]) -> Share:
     Operations are numbered on: what "relu" is on the second process is "relu#2" here. A combination of Theorem H is of
     one number and there is none; the joint system needs the joint rows of all.
     """
-    names: dict[str, int] = defaultdict(int)
-    found = [_renamed(share, _names(share, names)) for share in shares]
+    used: dict[str, int] = defaultdict(int)
+    taken: set[str] = set()
+    found = [_renamed(share, _names(share, used, taken)) for share in shares]
     prefixed = [(f"rank {number}: ", share) for number, share in enumerate(found)]
     missing = next((prefix + share.joint.missing for prefix, share in prefixed if share.joint.missing), "")
     failures = [prefix + text for prefix, share in prefixed for text in share.failures]
@@ -193,6 +196,7 @@ def merge(shares: Sequence[Share]) -> Share:
         if share.foreign:
             text = f"{prefix}{min(share.foreign)}, a leaf outside the model, is not the other ranks': not supported"
             failures.append(text)
+        failures += [] if share is found[0] else _differences(prefix, share, found[0])
     return Share(
         failures=failures,
         strict=any(share.strict for share in found),
@@ -216,7 +220,24 @@ def merge(shares: Sequence[Share]) -> Share:
     )
 
 
-def _names(share: Share, used: dict[str, int]) -> dict[str, str]:
+def _differences(prefix: str, share: Share, first: Share) -> list[str]:
+    """Why a process does not differentiate at the point, and with the result, of the first one."""
+    found = []
+    if [*share.shapes.items()] != [*first.shapes.items()]:  # gradients are averaged in this order
+        unequal = {leaf for leaf, _ in share.shapes.items() ^ first.shapes.items()} or {"their order"}
+        found.append(f"{prefix}its trainable parameters are not those of rank 0: {min(unequal)}")
+    if share.strict != first.strict:
+        found.append(f"{prefix}strict={share.strict}, but rank 0 has strict={first.strict}")
+    samples = {"" if each.sample is None else each.sample.digest() for each in (share, first)}
+    if len(samples) > 1 and not (share.failures or first.failures):
+        found.append(
+            f"{prefix}its gradients or parameters are not those of rank 0: no backward pass of the step averaged them "
+            "(no_sync, or a forward pass around DistributedDataParallel), or the ranks have parted before"
+        )
+    return found
+
+
+def _names(share: Share, used: dict[str, int], taken: set[str]) -> dict[str, str]:
     """New names of a share's operations, in the order in which they ran; ``used``: how often each was, before."""
     split = {}
     for name in {**dict.fromkeys(each.name for each in share.seen), **dict.fromkeys(share.prints)}:
@@ -224,8 +245,12 @@ def _names(share: Share, used: dict[str, int]) -> dict[str, str]:
         split[name] = (numbered[1], int(numbered[2])) if numbered else (name, 1)
     names = {}
     for name, (base, _) in sorted(split.items(), key=lambda item: item[1]):
-        used[base] += 1
-        names[name] = base if used[base] == 1 else f"{base}#{used[base]}"
+        new = name
+        while not used[base] or new in taken:
+            used[base] += 1
+            new = base if used[base] == 1 else f"{base}#{used[base]}"
+        names[name] = new
+        taken.add(new)
     return names
 
 

@@ -9,10 +9,12 @@ from collections.abc import Iterable
 
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
+from torch.nn.parallel import distributed
 
 from .guards import GUARDED
 from .layers import ACCUMULATE, Graph
 from .recomputed import DroppedError
+from .records import Node
 from .smooth import ANALYTIC, SEVERAL
 from .watch import Watch
 
@@ -29,7 +31,7 @@ def audit_graph(graph: Graph, watch: Watch, roots: Iterable[Tensor] = ()) -> lis
     further = {node for node, number in map(watch.recorder.edge, roots) if number}
     for node in graph.nodes:
         name = node.name()
-        if name == ACCUMULATE or node in graph.record_of:
+        if name == ACCUMULATE or node in graph.record_of or _is_sink(node):
             continue
         kind = name.rstrip("0123456789")
         custom = isinstance(node, FunctionCtx)  # a user's autograd.Function may bear any name
@@ -58,3 +60,8 @@ def audit_graph(graph: Graph, watch: Watch, roots: Iterable[Tensor] = ()) -> lis
                 text += ": autocast keeps the weights it has cast until it ends, so begin it inside the step"
             reasons.append((text, None))
     return reasons
+
+
+def _is_sink(node: Node) -> bool:
+    """DistributedDataParallel's own node for unused parameters and static graphs: the identity, forth and back."""
+    return getattr(node, "_forward_cls", None) is distributed._DDPSink

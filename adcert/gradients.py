@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import weakref
 from collections.abc import Iterable, Sequence
@@ -10,7 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .transfer import Batch, follow, in_use
+from .transfer import Arrival, Batch, follow, in_use
+
+_SAMPLED = 16  # entries of a tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,6 +64,38 @@ class Examination:
         known = held is not None and held() is grad and version == grad._version
         self._seen[name] = weakref.ref(grad), grad._version
         return known
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """A few entries of every parameter and its gradient: processes that average gradients have the same ones."""
+
+    entries: Arrival
+
+    @classmethod
+    def of(cls, leaves: Iterable[Tensor], streams: Iterable[torch.cuda.Stream]) -> Sample:
+        """``streams``: of the step."""
+        follow(streams)
+        held = [t.detach() for leaf in leaves for t in (leaf, leaf.grad) if t is not None and t.layout is torch.strided]
+        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for t in held:
+            groups.setdefault((t.device, t.dtype), []).append(_spread(t))
+        return cls(Arrival([torch.cat(group) for group in groups.values()], patient=True))
+
+    def digest(self) -> str:
+        """sha256 of the entries' bytes."""
+        total = hashlib.sha256()
+        for t in self.entries.wait():
+            total.update(t.view(torch.uint8).numpy().data)
+        return total.hexdigest()
+
+
+def _spread(t: Tensor) -> Tensor:
+    """Some entries: of a dense tensor spread over its memory, else the first ones."""
+    count = min(_SAMPLED, t.numel())
+    if count and (t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)):
+        return t.as_strided((count,), (t.numel() // count,))
+    return t.flatten()[:count]
 
 
 def _sizes(grads: Sequence[Tensor]) -> list[Tensor]:

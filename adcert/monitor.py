@@ -7,20 +7,20 @@ import time
 from collections import Counter, deque
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import compiled, records, state
+from . import compiled, distributed, records, state
 from .analysis import StepAnalysis
 from .assembly import Share, assemble
 from .certificate import Certificate, Verdict
 from .conclusion import conclude, failed
 from .errors import AdcertError, UncertifiedError
-from .gradients import Examination
+from .gradients import Examination, Sample
 from .lists import Rooms
 from .log import Log
 from .records import Recorder
@@ -41,9 +41,17 @@ class Step:
     certified, or "": ``Monitor(every=...)`` has drawn another one of its window.
     """
 
-    def __init__(self, number: int, analysis: StepAnalysis | None, recorder: Recorder, skipped: str = "") -> None:
+    def __init__(
+        self,
+        number: int,
+        plan: distributed.Plan,
+        analysis: StepAnalysis | None,
+        recorder: Recorder,
+        skipped: str = "",
+    ) -> None:
         self.number = number
         self.skipped = skipped
+        self._plan = plan
         self._analysis = analysis
         self._recorder = recorder
         self._watch = None if analysis is None else Watch(recorder, self._on_root, self._on_gradients)
@@ -148,7 +156,12 @@ class Step:
                 self._look(analysis)
                 if not analysis.roots:
                     analysis.failures.update(watch.problems)
-                share = analysis.share(self._examination.found, watch.assumptions)
+                share = analysis.share(self._examination.found, (*self._plan.assumed, *watch.assumptions))
+                leaves, team = analysis.leaves.trainable(), self._plan.team
+                if team is not None and team.parallel:
+                    share = replace(share, sample=Sample.of(leaves.values(), self._recorder.streams))
+                    if leaves and all(leaf.grad is None for leaf in leaves.values()):
+                        share.failures.append("no gradient was accumulated: DistributedDataParallel averages none")
         except Exception as error:  # the user's training goes on; the step is undecided, loudly
             share = Share([f"the analysis failed with {type(error).__name__}: {error}"], analysis.strict)
         now = time.perf_counter()
@@ -176,7 +189,7 @@ def summarize(number: int, certificate: Certificate) -> dict[str, Any]:
 
     ``seconds``: analysis = audit + rows on the training thread; of audit, ``device`` went by until a GPU had finished
     the forward pass; of rows, ``partial`` went into the partial backward engine and ``joint`` into the joint system;
-    ``solve`` on the worker.
+    ``solve`` on the worker, after ``exchange`` where several ranks certify together.
     """
     counts = (*COUNTS, "blocks")
     kept = (*counts, "exemptions")
@@ -215,9 +228,13 @@ class Monitor:
         every: certify one step of each ``every`` consecutive ones, drawn uniformly (:func:`adcert.sampling.drawn`);
             the others run as if there was no monitor. The random state of the program is not used.
         seed: of that draw; the same one gives the same steps.
+        group: the ranks of a data-parallel step, whose certificate is about the averaged gradient: by default those of
+            a DistributedDataParallel model; a process group of torch.distributed whose ranks average the gradients of
+            equal models; or "local" for this process's own gradient. Every rank makes its monitor at the same place.
 
     Raises:
-        AdcertError: for arguments it does not know.
+        AdcertError: for arguments it does not know, and for a model that is not parallel where torch.distributed runs
+            several ranks and no group is named.
 
     Example:
         >>> import torch, adcert
@@ -240,6 +257,7 @@ class Monitor:
         queue: int = 8,
         every: int = 1,
         seed: int = 0,
+        group: Any = None,
     ) -> None:
         if on_fail == "repair":
             raise AdcertError('on_fail="repair" is not built yet; use "record" or "raise"')
@@ -254,6 +272,7 @@ class Monitor:
         if isinstance(seed, bool) or not isinstance(seed, int):
             raise AdcertError(f"seed, of the draw of the steps that are certified, is an int, got {seed!r}")
         self.model = model
+        self._plan = distributed.plan(model, group)
         self.on_fail = on_fail
         self.strict = strict
         self.every = every
@@ -274,7 +293,7 @@ class Monitor:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        self._close(together=kind is None)
 
     def flush(self) -> None:
         """Wait until every step has its verdict and its line in the log.
@@ -293,8 +312,14 @@ class Monitor:
 
         A second call does nothing.
 
-        Nor does a call in a forked process: the steps and the log are the parent's.
+        Nor does a call in a forked process: the steps and the log are the parent's. Ranks close together.
+
+        Raises:
+            AdcertError: if a line of the log could not be written, or the ranks have had different numbers of steps.
         """
+        self._close(together=True)
+
+    def _close(self, together: bool) -> None:
         if self._desk.foreign():
             return
         self.flush()
@@ -302,6 +327,8 @@ class Monitor:
             if self._totals.steps:
                 self._log.write({"report": asdict(self.report())})
             self._log.close()
+        if together and self._plan.team is not None:
+            self._plan.team.end(self._totals.steps)
 
     @contextmanager
     def step(self) -> Iterator[Step]:
@@ -343,15 +370,23 @@ class Monitor:
         chosen = drawn(number, self.every, self.seed)
         if number != chosen:
             why = f"with every={self.every} one step of {self.every} is certified, in its window step {chosen}"
-            return Step(number, None, Recorder({}, self._rooms), why)
+            return Step(number, self._plan, None, Recorder({}, self._rooms), why)
         self._totals.sampled += 1
-        names = {id(module): name for name, module in self.model.named_modules()}
-        return Step(number, StepAnalysis(self.model, self.strict), Recorder(names, self._rooms))
+        model, refusal = self._plan.model, self._plan.refusal()
+        names = {id(module): name for name, module in model.named_modules()}
+        analysis = StepAnalysis(model, self.strict)
+        if refusal:
+            analysis.failures[refusal] = None
+        return Step(number, self._plan, analysis, Recorder(names, self._rooms))
 
     def _conclude(self, job: tuple[Step, Share]) -> None:
         step, share = job
+        team = self._plan.team
         with torch._C.DisableTorchFunction():  # a mode of the user's thread, a default device say, is not for us
-            certificate = conclude(assemble(share), self._memory)
+            if team is None:
+                certificate = conclude(assemble(share), self._memory)
+            else:
+                certificate = team.conclude(step.number, share, self._memory)
         self._account(step, certificate)
 
     def _lost(self, job: tuple[Step, Share], reason: str) -> None:
@@ -443,13 +478,16 @@ class Monitor:
         return {"strict": self.strict, "every": self.every, "seed": self.seed}
 
 
-def certify(closure: Callable[[], Tensor], model: torch.nn.Module, strict: bool = False) -> Certificate:
+def certify(
+    closure: Callable[[], Tensor], model: torch.nn.Module, strict: bool = False, *, group: Any = None
+) -> Certificate:
     """Run one forward and backward pass and tell whether AD's gradient is a Clarke subgradient.
 
     Args:
         closure: returns the scalar loss; it must not call backward. Gradients accumulate into ``.grad`` as usual.
         model: names the parameters; functional calls inside the closure are seen as well.
         strict: the paper's Algorithm 1 (Theorem 8) only, without E1-E4.
+        group: see :class:`Monitor`; the ranks call it together.
 
     Returns:
         A :class:`Certificate`: CERTIFIED means the gradient, up to rounding, is an element of the Bouligand
@@ -465,7 +503,7 @@ def certify(closure: Callable[[], Tensor], model: torch.nn.Module, strict: bool 
         >>> adcert.certify(lambda: (torch.relu(w) - torch.relu(-w)).sum(), model).verdict.value
         'uncertified'
     """
-    with Monitor(model, strict=strict, queue=0).step() as step:
+    with Monitor(model, strict=strict, queue=0, group=group).step() as step:
         loss = closure()
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             raise AdcertError("the closure must return the loss as a tensor with one element")

@@ -139,7 +139,7 @@ _DESKS: weakref.WeakSet[Desk[Any]] = weakref.WeakSet()
 
 
 @atexit.register
-def _flush_all() -> None:
+def flush_all() -> None:
     """What is still waiting when the program ends is done before it does."""
     for desk in list(_DESKS):
         desk.flush()

@@ -19,8 +19,10 @@ from torch import Tensor, nn
 
 from .. import convert, data, models
 from ..certificate import Verdict
+from ..errors import AdcertError
 from ..monitor import Monitor, Step
 from ._checkpoint import Training
+from ._ranks import Ranks
 
 LEARNING_RATE = 0.05
 MOMENTUM = 0.9
@@ -169,29 +171,33 @@ class Outcome:
         }
 
 
-def run(job: Job, on_step: Callable[[Outcome, StepResult], None]) -> Outcome:
+def run(job: Job, on_step: Callable[[Outcome, StepResult], None], ranks: Ranks | None = None) -> Outcome:
     """Train, calling `on_step` for every step. An interrupt (Ctrl-C) ends the run after the current step.
 
-    A step is shown once the next one has been trained, so that training does not wait for its verdict.
+    With several `ranks` each of them trains on its part of every batch; the first one writes files. A step is shown
+    once the next one has been trained, so that training does not wait for its verdict.
 
     SGD with momentum 0.9, weight decay 1e-4, learning rate 0.05 falling to 0 along a cosine. In fp16 a GradScaler skips
     the steps in which a scaled gradient overflows.
     """
+    ranks = ranks or Ranks(job.device)
+    if ranks.size > 1 and job.checkpoint is not None:
+        raise AdcertError("--checkpoint is for one process: under torchrun it is not supported")
     images = data.load(job.data, job.pixels, job.workers)
     loader = data.Loader(images, job.batch_size, job.seed)
     per_epoch = len(loader)
     planned = _planned(job, per_epoch)
     channels, size, _ = images.shape
     model: nn.Module = models.build(job.model, len(images.classes), channels, size, job.seed)
-    model.to(job.device)
+    model.to(ranks.device)
     outcome = Outcome(job, planned, sum(p.numel() for p in model.parameters()))
     if not job.plain:
         model = convert(model)
+    parallel = ranks.parallel(model)
     optimizer = torch.optim.SGD(model.parameters(), LEARNING_RATE, MOMENTUM, weight_decay=WEIGHT_DECAY)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, planned)
-    monitor = (
-        None if job.plain else Monitor(model, log=job.log, strict=job.strict, every=job.every, seed=job.seed)
-    )
+    log = job.log if ranks.first else None
+    monitor = None if job.plain else Monitor(parallel, log=log, strict=job.strict, every=job.every, seed=job.seed)
     scaler = torch.amp.GradScaler(job.device, enabled=job.precision == "fp16")
     training = Training(job, model, optimizer, schedule, scaler, monitor)
     trained: deque[tuple[Step | None, StepResult]] = deque()
@@ -201,23 +207,27 @@ def run(job: Job, on_step: Callable[[Outcome, StepResult], None]) -> Outcome:
         try:
             for number, (x, y) in enumerate(loader if done < planned else (), done + 1):
                 step, result = _step(
-                    model, optimizer, scaler, monitor, x.to(job.device), y.to(job.device), number, job.precision
+                    parallel, optimizer, scaler, monitor, ranks.part(x), ranks.part(y), number, job.precision
                 )
                 with warnings.catch_warnings():  # the scaler may have skipped the very first step
                     warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step")
                     schedule.step()
-                if number == planned or number % per_epoch == 0:
+                loss, accuracy = ranks.mean(result.loss, result.accuracy)
+                result = dataclasses.replace(result, loss=loss, accuracy=accuracy)
+                if ranks.first and (number == planned or number % per_epoch == 0):
                     result = dataclasses.replace(result, test_accuracy=_accuracy(model, images))
                 trained.append((step, result))
                 save = job.checkpoint is not None and (number % job.checkpoint_every == 0 or number == planned)
                 while len(trained) > (0 if save else 1):
-                    _show(outcome, *trained.popleft(), on_step)
+                    _show(outcome, ranks, *trained.popleft(), on_step)
                 if save:
                     _save(training, outcome, number)
         except KeyboardInterrupt:
+            if ranks.size > 1:  # which may come to each rank at another step
+                raise
             outcome.interrupted = True
         while trained:
-            _show(outcome, *trained.popleft(), on_step)
+            _show(outcome, ranks, *trained.popleft(), on_step)
     if monitor is not None:
         outcome.report = dataclasses.asdict(monitor.report())
     outcome.digest = digest(model)
@@ -277,14 +287,19 @@ def _step(
 
 
 def _show(
-    outcome: Outcome, step: Step | None, result: StepResult, on_step: Callable[[Outcome, StepResult], None]
+    outcome: Outcome,
+    ranks: Ranks,
+    step: Step | None,
+    result: StepResult,
+    on_step: Callable[[Outcome, StepResult], None],
 ) -> None:
     """Wait for a step's verdict, keep its certificate if asked to, and hand the result on."""
     job = outcome.job
     if step is not None:
         result = dataclasses.replace(result, summary=step.summary)
         failed = result.verdict not in (Verdict.CERTIFIED, "skipped")
-        if job.certificates is not None and not step.skipped and (failed or not job.only_failed):
+        wanted = ranks.first and not step.skipped and (failed or not job.only_failed)
+        if job.certificates is not None and wanted:
             step.certificate().save(job.certificates / f"step-{result.step:06d}.adcert")
     outcome.results.append(result)
     for layer in result.summary["layers"] if result.summary else ():

@@ -9,7 +9,8 @@ import torch
 import typer
 
 from ._console import console, error_console, print_json
-from ._loop import Job, Outcome, Precision, run
+from ._loop import Job, Outcome, Precision, StepResult, run
+from ._ranks import launched
 from ._show import Display, show_outcome
 
 ModelName = Literal[
@@ -105,6 +106,9 @@ def train(
     scikit-learn and scikit-image (extra "train"), nothing is downloaded; the others need the extra "datasets".
     The run depends on the seed alone: with --plain the weights at the end are the same bit by bit, and so they are
     after a job was killed and resumed.
+
+    Started by torchrun, each process trains on its part of every batch (gloo, or NCCL with CUDA), the certificates
+    are those of the whole batch, and the first process alone prints and writes files.
     """
     if plain and (log or strict or check or certificates or every > 1):
         raise typer.BadParameter(
@@ -129,13 +133,21 @@ def train(
         model, data, epochs, steps, batch_size, seed, log, strict, plain, certificates, only_failed, place, size, every,
         checkpoint, checkpoint_every, resume, workers, precision,
     )
-    with Display(error_console()) as display:
-        outcome = run(job, display.update)
-    if as_json:
+    with launched(place) as ranks:
+        if ranks.first:
+            with Display(error_console()) as display:
+                outcome = run(job, display.update, ranks)
+        else:
+            outcome = run(job, _silent, ranks)
+    if ranks.first and as_json:
         print_json(outcome.as_dict())
-    else:
+    elif ranks.first:
         show_outcome(console(), outcome)
     _exit(outcome, check)
+
+
+def _silent(outcome: Outcome, result: StepResult) -> None:
+    """The first process speaks for all."""
 
 
 def _check_checkpoint(checkpoint: Path, resume: bool) -> None:
