@@ -7,6 +7,7 @@ convolutions, are further outputs of the program. See :mod:`adcert.compiled`.
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ _RELU = frozenset({F.relu, torch.relu, Tensor.relu})
 _RELU_IN_PLACE = frozenset({F.relu_, torch.relu_, Tensor.relu_})
 _POOL = frozenset({F.max_pool2d, torch.max_pool2d})
 _POOL_ARGUMENTS = ("input", "kernel_size", "stride", "padding", "dilation", "ceil_mode", "return_indices")
+_NORMS = frozenset({F.batch_norm, torch.batch_norm, F.instance_norm, torch.instance_norm})
+_NATIVE = ("input", "weight", "bias", "running_mean", "running_var", "training")
 _CONVOLUTIONS = frozenset({torch.conv1d, torch.conv2d, torch.conv3d})
 # Their autograd nodes keep no output: where nobody else reads it, nobody computes it.
 _UNKEPT = frozenset({F.batch_norm, operator.add, operator.sub, torch.add, torch.sub, Tensor.add, Tensor.sub})
@@ -39,6 +42,13 @@ _RESHAPES = frozenset(
     | {Tensor.squeeze, Tensor.unsqueeze, Tensor.contiguous, Tensor.float, Tensor.to}
 )
 _OUT_OF_PLACE = {operator.iadd: operator.add, operator.isub: operator.sub, "add_": "add", "sub_": "sub"}
+
+
+_SWITCHES = frozenset(
+    "grad backward requires_grad_ _set_grad_enabled set_grad_enabled inference_mode _get_data_attr set_ detach_".split()
+)
+_WRITES = frozenset("setitem iadd isub imul itruediv ifloordiv imod ipow iand ior ixor imatmul".split())
+_OURS = ("torch", "_operator", "math", "builtins")  # modules whose functions do nothing but compute
 
 
 class Refused(Exception):
@@ -83,7 +93,8 @@ class Region:
     returns, how many tensors each, and which of the program's own outputs is the first of them (None: none).
     ``unread``: nodes whose values no replay reads. ``rooms``: entries the lists of a recorded node have room for;
     ``outgrown``: that was too little, and the next call compiles anew. ``dynamic``: sizes are symbols. ``problem``:
-    why there is no replay, or "".
+    why there is no replay, or "". ``statistics``: which arguments are running statistics that are
+    written; a backend may do so without a new version.
     """
 
     def __init__(self, module: fx.GraphModule) -> None:
@@ -96,6 +107,9 @@ class Region:
         self.outgrown = False
         self.dynamic = any(node.op == "placeholder" and _symbolic(node) for node in self.graph.nodes)
         self.unread: frozenset[fx.Node] = frozenset()
+        given = [node for node in self.graph.nodes if node.op == "placeholder"]
+        statistics = {each for node in self.graph.nodes for each in _statistics(node)}
+        self.statistics = [number for number, node in enumerate(given) if node in statistics]
         self.problem = ""
         try:
             self._analyse()
@@ -113,7 +127,9 @@ class Region:
             if in_place and _fresh(node.args[0]) and _like(node, node.args[0]):
                 node.target = _OUT_OF_PLACE[node.target]
             site = _site(node)
-            if site is not None:
+            if site is None:
+                _check_write(node)
+            else:
                 x = _input(node)
                 below = x.meta.get("site")
                 if site.window is not None and below is not None and below.window is None and len(x.users) == 1:
@@ -199,14 +215,58 @@ def _returned(graph: fx.Graph) -> Sequence[Any]:
 
 
 def _check(node: fx.Node) -> None:
-    """Nodes that are no plain call of torch: higher order operators, contexts that are entered, submodules."""
+    """Nodes that are no plain call of torch, or not to be moved past: higher order operators, contexts, submodules,
+    what switches gradients on or off or hides a tensor from them, and functions of the user's."""
     if node.op not in ("call_function", "call_method", "call_module"):
         return
     name = getattr(node.target, "__name__", str(node.target))
-    if node.op == "call_module" or isinstance(node.target, torch._ops.HigherOrderOperator):
+    if (
+        node.op == "call_module"
+        or isinstance(node.target, torch._ops.HigherOrderOperator)
+        or name in _SWITCHES
+        or name.startswith(("_enter", "_exit", "_functorch", "_vmap", "_jvp", "_grad_"))
+        or not (getattr(node.target, "__module__", None) or "torch").startswith(_OURS)
+    ):
         raise Refused(f"{name} in compiled code is not followed")
-    if name in ("grad", "backward") or name.startswith(("_enter", "_exit", "_functorch", "_vmap", "_jvp", "_grad_")):
-        raise Refused(f"{name} in compiled code is not followed")
+
+
+def _check_write(node: fx.Node) -> None:
+    """A write to a tensor that others may read: what follows reads it at its own place, and may not be moved."""
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    if node.op not in ("call_function", "call_method"):
+        return
+    out = node.kwargs.get("out") is not None
+    named = (name.endswith("_") and not name.endswith("__")) or name.strip("_") in _WRITES
+    if not (named or out or _in_place(node)):
+        return
+    written = node.args[0].meta.get("example_value") if node.args and isinstance(node.args[0], fx.Node) else None
+    if out or not isinstance(written, Tensor) or written.is_floating_point():  # integers count batches
+        raise Refused(f"{name} in compiled code writes to a tensor, which is not followed")
+
+
+def _in_place(node: fx.Node) -> bool:
+    """Is it a function of torch.nn.functional that is asked to overwrite its input?"""
+    function = function_of(node)
+    if getattr(function, "__module__", None) != F.__name__:
+        return bool(node.kwargs.get("inplace"))
+    try:
+        return bool(inspect.signature(function).bind(*node.args, **node.kwargs).arguments.get("inplace"))
+    except (TypeError, ValueError):
+        return True
+
+
+def _statistics(node: fx.Node) -> list[fx.Node]:
+    """Running statistics that a normalisation writes."""
+    function = function_of(node)
+    if function not in _NORMS:
+        return []
+    functional = function.__module__ == F.__name__
+    names = ("input", "running_mean", "running_var", "weight", "bias", "training") if functional else _NATIVE
+    given = dict(zip(names, node.args, strict=False)) | node.kwargs
+    if given.get("training", given.get("use_input_stats", functional)) is False:
+        return []
+    found = (given.get("running_mean"), given.get("running_var"))
+    return [each for each in found if isinstance(each, fx.Node)]
 
 
 def function_of(node: fx.Node) -> Any:

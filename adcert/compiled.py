@@ -56,7 +56,10 @@ def backend(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., 
         if recorder is not None and recorder.witness is not None:
             with torch._C.DisableTorchFunction():
                 written = [t for t, version in zip(tensors, versions, strict=True) if t._version != version]
-                recorder.witness.ran(tensors, written, [out for out in outputs if isinstance(out, Tensor)])
+                written += [args[number] for number in region.statistics]
+                if region.problem:  # it may write without a new version
+                    written += [t for t in tensors if t.is_floating_point() and not t.requires_grad]
+                recorder.witness.ran(tensors, written, outputs, region.problem)
             Replay(region, recorder, args, results).account()
         return outputs
 

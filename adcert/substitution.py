@@ -137,6 +137,10 @@ class Replay:
 
     def _record(self, site: Site, x: Tensor) -> Tensor:
         recorder = self.recorder
+        assert recorder.witness is not None
+        source = recorder.witness.source_of(x)
+        if source is not None:
+            raise Refused(f"{site.kind} in compiled code reads what {source[0]} has hidden from autograd")
         name = recorder.name_at(site.module, site.kind)
         if site.window is None:
             return recorder.relu(x, name)
@@ -171,6 +175,9 @@ class _Substitute(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return self.known[0].detach()  # a convolution of one image has a batch dimension inside
         if name == "aten::add_" and any(args[0] is given for given in self.inputs) and not args[0].is_floating_point():
             return args[0]  # a counter, which the program has advanced already
+        given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
+        if func._schema.is_mutable or given.get("dropout_p"):
+            raise Refused(unrecorded(name.removeprefix("aten::")))
         exact = name == "aten::div" and "rounding_mode" not in kwargs and self._exact(args[1])
         if name not in SMOOTH and not exact:
             raise Refused(unrecorded(name.removeprefix("aten::")))

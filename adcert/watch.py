@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from types import CodeType, FrameType, FunctionType
 from typing import Any, Generic, TypeVar
@@ -290,14 +290,25 @@ class Watch(TorchFunctionMode):
         if tensor._is_view() and tensor.grad_fn not in self.made:
             self.replayed(tensor, tensor.grad_fn)
 
-    def ran(self, given: list[Tensor], written: list[Tensor], outputs: list[Tensor]) -> None:
-        """A compiled program has run on ``given``, some of which it has written to."""
+    def ran(self, given: list[Tensor], written: list[Tensor], results: Sequence[Any], problem: str) -> None:
+        """A compiled program has run on ``given``; it may have written to some.
+
+        ``problem``: why it cannot be followed, or "": it may have done anything then with what it was given.
+        """
+        outputs = [out for out in results if isinstance(out, Tensor)]
         live = any([tensor.requires_grad for tensor in given])
         source = next((found for found in map(self.source_of, given) if found), None)
+        if problem and torch.is_grad_enabled() and (live or source is not None):
+            self.problems[problem] = None
+        if live and any(not isinstance(out, Tensor) and out is not None for out in results):
+            text = f"values read into Python by a compiled program{caller()} are constants of the step"
+            self.assumptions[text] = None
         if source is None and live and torch.is_grad_enabled():
             source = ("a compiled program", site())
         for tensor in written:
-            if tensor.requires_grad:
+            base = self._aliases.get(tensor)
+            unused = base is not None and base.is_leaf and id(base) not in self._leaves
+            if tensor.requires_grad or (base is not None and not unused):
                 self.problems[f"compiled code{caller()} writes to a tensor of the graph"] = None
             elif source is not None or live:
                 source = source or ("a compiled program", site())
@@ -306,7 +317,13 @@ class Watch(TorchFunctionMode):
         for tensor in outputs:
             if tensor.requires_grad:
                 self._versions.set(tensor, tensor._version)
-            elif source is not None:
+                continue
+            memory = tensor.untyped_storage()._cdata
+            for other in (*given, *outputs):
+                known = self._aliases.get(other)
+                if (other.requires_grad or known is not None) and other.untyped_storage()._cdata == memory:
+                    self._aliases.set(tensor, other if known is None else known)
+            if source is not None:
                 self._hidden.set(tensor, source)
             elif live:
                 self.assumptions[f"values computed under no_grad by a compiled program{caller()} are constants"] = None
