@@ -232,7 +232,8 @@ def _differences(prefix: str, share: Share, first: Share) -> list[str]:
     if len(samples) > 1 and not (share.failures or first.failures):
         found.append(
             f"{prefix}its gradients or parameters are not those of rank 0: no backward pass of the step averaged them "
-            "(no_sync, or a forward pass around DistributedDataParallel), or the ranks have parted before"
+            "(no_sync, or a forward pass around DistributedDataParallel), FSDP gathers or averages in another order, "
+            "or the ranks have parted before"
         )
     return found
 

@@ -28,6 +28,7 @@ from .assembly import Share, assemble, merge
 from .certificate import Certificate
 from .conclusion import conclude, failed
 from .errors import AdcertError
+from .sharded import Shards, is_sharded
 from .systems import Answer, Memory
 from .worker import flush_all
 
@@ -50,7 +51,8 @@ class Plan:
     """How a model's steps are certified.
 
     ``model``: the one that names the parameters; ``team``: None for steps of this process alone; ``parallel``: its
-    DistributedDataParallel modules; ``sharded``: why no step can be certified, or ""; ``assumed``: of every step.
+    DistributedDataParallel modules; ``sharded``: why no step can be certified, or ""; ``assumed``: of every step;
+    ``fsdp``: ``fully_shard`` has sharded the model.
     """
 
     model: torch.nn.Module
@@ -58,6 +60,7 @@ class Plan:
     parallel: tuple[Any, ...] = ()
     sharded: str = ""
     assumed: tuple[str, ...] = ()
+    fsdp: bool = False
 
     def refusal(self) -> str:
         """Why a step that begins now cannot be certified, or ""."""
@@ -77,7 +80,7 @@ def plan(model: torch.nn.Module, group: Any = None) -> Plan:
 
     Args:
         model: a DistributedDataParallel model is certified over its process group; its parameters bear the names of
-            the module inside.
+            the module inside. One that ``fully_shard`` has sharded is certified over its mesh.
         group: a process group, whose ranks average the gradients of equal models in whatever way, or "local".
 
     Raises:
@@ -89,11 +92,14 @@ def plan(model: torch.nn.Module, group: Any = None) -> Plan:
     parallel = [each for each in model.modules() if _is_parallel(each)]
     inner = model.module if parallel and parallel[0] is model else model
     assert isinstance(inner, torch.nn.Module)
-    sharded = _sharded(model)
+    fsdp = is_sharded(model)
+    sharded = _unusual(model, group, parallel) if fsdp else _sharded(model)
     if group == LOCAL or sharded:
         several = ready and dist.get_world_size() > 1
         own = "the gradient is this rank's own, before any averaging"
         return Plan(inner, None, tuple(parallel), sharded, (own,) if several else ())
+    if fsdp and group is None:
+        group = Shards(model).group()
     if group is None:
         groups = list({id(each.process_group): each.process_group for each in parallel}.values())
         if len(groups) > 1:
@@ -107,8 +113,9 @@ def plan(model: torch.nn.Module, group: Any = None) -> Plan:
                 "to certify this rank's own gradient"
             )
     if group is None or dist.get_world_size(group) == 1:
-        return Plan(inner, None, tuple(parallel))
-    return Plan(inner, Team(group, bool(parallel)), tuple(parallel))
+        return Plan(inner, None, tuple(parallel), fsdp=fsdp)
+    by = "FSDP" if fsdp else "DistributedDataParallel" if parallel else ""
+    return Plan(inner, Team(group, by), tuple(parallel), fsdp=fsdp)
 
 
 def _is_parallel(module: torch.nn.Module) -> bool:
@@ -126,29 +133,40 @@ def _named(hook: Any) -> str:
 
 
 def _sharded(model: torch.nn.Module) -> str:
-    """Why no rank has whole parameters, or ""."""
+    """Why no rank has whole parameters, or ""; of a model that ``fully_shard`` has not seen."""
     fsdp, tensor = sys.modules.get("torch.distributed.fsdp"), sys.modules.get("torch.distributed.tensor")
-    kinds = tuple(getattr(fsdp, name) for name in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, name))
-    if kinds and any(isinstance(each, kinds) for each in model.modules()):
-        return "the parameters are sharded (FSDP), no rank has whole ones: not supported, use DistributedDataParallel"
+    if fsdp is not None and any(isinstance(each, fsdp.FullyShardedDataParallel) for each in model.modules()):
+        return "FullyShardedDataParallel (FSDP1) flattens parameters: not supported, use fully_shard (FSDP2)"
     if tensor is not None and any(isinstance(p, tensor.DTensor) for p in model.parameters()):
         return "parameters are distributed tensors: not supported, use DistributedDataParallel"
     return ""
 
 
+def _unusual(model: torch.nn.Module, group: Any, parallel: list[torch.nn.Module]) -> str:
+    """Why steps of a model that ``fully_shard`` has sharded cannot be certified over this group, or ""."""
+    if group == LOCAL:
+        return 'FSDP averages the gradient, no rank has its own: leave group="local" out'
+    if parallel:
+        return "FSDP and DistributedDataParallel in one model: not supported, use one of them"
+    try:
+        return Shards(model, None if group is None else dist.get_process_group_ranks(group)).setting()
+    except (AttributeError, KeyError) as error:
+        return f"FSDP of torch {torch.__version__} is not known ({error}): not supported, use DistributedDataParallel"
+
+
 class Team:
     """The ranks that certify a step together. Every rank makes one, at the same place in its program.
 
-    ``parallel``: DistributedDataParallel averages the gradients, and they are compared. Used by one thread at a time.
+    ``by``: who averages the gradients, so that they are compared, or "". Used by one thread at a time.
     """
 
-    def __init__(self, group: Any, parallel: bool) -> None:
-        self.parallel = parallel
+    def __init__(self, group: Any, by: str) -> None:
+        self.parallel = bool(by)
         self._channel = Channel(group)
         self._number = 0
         self._ended = -1
         size = self._channel.size
-        averaged = "DistributedDataParallel averages" if parallel else "the program averages, or adds up,"
+        averaged = f"{by} averages" if by else "the program averages, or adds up,"
         self._assumptions = (
             f"the {size} ranks have the same parameters, and {averaged} their gradients",
             "no other collective of the step carries values from rank to rank",

@@ -76,11 +76,7 @@ class Sample:
     def of(cls, leaves: Iterable[Tensor], streams: Iterable[torch.cuda.Stream]) -> Sample:
         """``streams``: of the step."""
         follow(streams)
-        held = [t.detach() for leaf in leaves for t in (leaf, leaf.grad) if t is not None and t.layout is torch.strided]
-        groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-        for t in held:
-            groups.setdefault((t.device, t.dtype), []).append(_spread(t))
-        return cls(Arrival([torch.cat(group) for group in groups.values()], patient=True))
+        return cls(Arrival(sampled(t for leaf in leaves for t in (leaf, leaf.grad) if t is not None), patient=True))
 
     def digest(self) -> str:
         """sha256 of the entries' bytes."""
@@ -88,6 +84,15 @@ class Sample:
         for t in self.entries.wait():
             total.update(t.view(torch.uint8).numpy().data)
         return total.hexdigest()
+
+
+def sampled(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """A few entries of each, copied: a vector for each device and dtype."""
+    groups: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for t in tensors:
+        if t.layout is torch.strided:
+            groups.setdefault((t.device, t.dtype), []).append(_spread(t.detach()))
+    return [torch.cat(group) for group in groups.values()]
 
 
 def _spread(t: Tensor) -> Tensor:

@@ -69,6 +69,14 @@ class Leaves:
             self._tensors[name] = leaf
         return self._names[id(leaf)]
 
+    def stand_in(self, leaf: Tensor, forms: Iterable[Tensor]) -> str:
+        """From now on ``leaf`` is the parameter known as one of ``forms``. Returns its name, "" if none is known."""
+        name = next((self._names[id(form)] for form in forms if id(form) in self._names), "")
+        if name:
+            self._names[id(leaf)] = name
+            self._tensors[name] = leaf
+        return name
+
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name]
 

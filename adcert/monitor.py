@@ -25,6 +25,7 @@ from .lists import Rooms
 from .log import Log
 from .records import Recorder
 from .sampling import count_drawn, drawn
+from .sharded import Shards
 from .systems import Memory
 from .totals import COUNTS, Report, Totals
 from .watch import Watch
@@ -54,7 +55,11 @@ class Step:
         self._plan = plan
         self._analysis = analysis
         self._recorder = recorder
-        self._watch = None if analysis is None else Watch(recorder, self._on_root, self._on_gradients)
+        self._shards = Shards(plan.model) if plan.fsdp and analysis is not None else None
+        self._watch = None
+        if analysis is not None:
+            known = None if self._shards is None else self._shards.harmless
+            self._watch = Watch(recorder, self._on_root, self._on_gradients, known)
         self._ended = False
         self._examination = Examination()
         self._began = time.perf_counter()
@@ -106,7 +111,12 @@ class Step:
         start = time.perf_counter()
         with torch.no_grad(), torch._C.DisableTorchFunction():
             try:
-                seen = analysis.root(roots, inputs, watch)
+                reason = "" if self._shards is None else self._shards.enter(roots, inputs, analysis.leaves, watch)
+                if reason:  # the graph may lead to memory that is not there
+                    analysis.failures[reason] = None
+                    seen = list(self._recorder.records)
+                else:
+                    seen = analysis.root(roots, inputs, watch)
             except Exception as error:  # the user's training goes on; the step is undecided, loudly
                 analysis.failures[f"the analysis failed with {type(error).__name__}: {error}"] = None
                 seen = list(self._recorder.records)
@@ -134,7 +144,10 @@ class Step:
         analysis.seconds["analysis"] += time.perf_counter() - start
 
     def _look(self, analysis: StepAnalysis) -> None:
-        gradients = ((name, leaf.grad) for name, leaf in analysis.leaves.trainable().items())
+        if self._shards is not None:
+            gradients = self._shards.gradients()
+        else:
+            gradients = ((name, leaf.grad) for name, leaf in analysis.leaves.trainable().items())
         self._examination.look(gradients, self._recorder.streams)
 
     @contextmanager
@@ -158,7 +171,11 @@ class Step:
                     analysis.failures.update(watch.problems)
                 share = analysis.share(self._examination.found, (*self._plan.assumed, *watch.assumptions))
                 leaves, team = analysis.leaves.trainable(), self._plan.team
-                if team is not None and team.parallel:
+                if self._shards is not None:
+                    share = replace(share, sample=self._shards.sample())
+                    reason = self._shards.left()
+                    share.failures.extend([reason] if reason else [])
+                elif team is not None and team.parallel:
                     share = replace(share, sample=Sample.of(leaves.values(), self._recorder.streams))
                     if leaves and all(leaf.grad is None for leaf in leaves.values()):
                         share.failures.append("no gradient was accumulated: DistributedDataParallel averages none")
@@ -181,7 +198,7 @@ class Step:
         self._recorder.clear()
         if self._watch is not None:
             self._watch.forget()
-        self._analysis = self._watch = None
+        self._analysis = self._watch = self._shards = None
 
 
 def summarize(number: int, certificate: Certificate) -> dict[str, Any]:
@@ -229,8 +246,9 @@ class Monitor:
             the others run as if there was no monitor. The random state of the program is not used.
         seed: of that draw; the same one gives the same steps.
         group: the ranks of a data-parallel step, whose certificate is about the averaged gradient: by default those of
-            a DistributedDataParallel model; a process group of torch.distributed whose ranks average the gradients of
-            equal models; or "local" for this process's own gradient. Every rank makes its monitor at the same place.
+            a DistributedDataParallel model, or of one that ``fully_shard`` has sharded; a process group of
+            torch.distributed whose ranks average the gradients of equal models; or "local" for this process's own
+            gradient. Every rank makes its monitor at the same place.
 
     Raises:
         AdcertError: for arguments it does not know, and for a model that is not parallel where torch.distributed runs

@@ -121,16 +121,22 @@ class Watch(TorchFunctionMode):
     ``keep``: the pass may leave the graph intact for another one. ``made``: graph nodes that came from seen calls.
     ``mixed``: (node, message) where a hidden value steers a differentiable one. ``problems``: reasons that hold for
     every root that follows. ``assumptions``: what the step's certificate takes as constant. ``pasted``: nodes that
-    write an analytic function of their inputs into a view.
+    write an analytic function of their inputs into a view. ``harmless(func, args)``: does a call
+    compute nothing, as somebody else knows?
     """
 
     def __init__(
-        self, recorder: Recorder, on_root: OnRoot, on_gradients: OnGradients = lambda inputs, result: None
+        self,
+        recorder: Recorder,
+        on_root: OnRoot,
+        on_gradients: OnGradients = lambda inputs, result: None,
+        harmless: Callable[[Any, tuple[Any, ...]], bool] | None = None,
     ) -> None:
         super().__init__()
         self.recorder = recorder
         self.on_root = on_root
         self.on_gradients = on_gradients
+        self.harmless = harmless
         self.made: dict[Node, Origin] = {}
         self.mixed: list[tuple[Node, str]] = []
         self.assumptions: dict[str, None] = {}
@@ -193,6 +199,8 @@ class Watch(TorchFunctionMode):
             return self._switch(func, args, kwargs)
         if func in _BACKWARD:
             return self._backward(func, args, kwargs)
+        if self.harmless is not None and self.harmless(func, args):
+            return func(*args, **kwargs)
         if types and not all(map(plain, types)):
             self.problems[f"a class of tensors takes {func.__name__}{caller()} into its own hands"] = None
         tensors: list[Tensor] = []

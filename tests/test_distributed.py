@@ -459,22 +459,6 @@ def test_whose_gradient_it_is_has_to_be_clear(two: World) -> None:
     assert group.startswith("the 2 ranks have the same parameters, and the program averages, or adds up, their gradie")
 
 
-def sharded(rank: int) -> list[Any]:
-    from torch.distributed.fsdp import fully_shard
-
-    model = adcert.convert(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2)))
-    fully_shard(model[0])
-    fully_shard(model)
-    with adcert.Monitor(model) as monitor, monitor.step() as step:
-        model(torch.ones(2, 4)).sum().backward()
-    return [step.summary["verdict"], step.summary["reasons"][0], all(p.grad is not None for p in model.parameters())]
-
-
-def test_sharded_parameters_are_undecided(two: World) -> None:
-    first, _ = two.run(sharded)
-    assert first[0] == "undecided" and first[1].startswith("the parameters are sharded (FSDP)") and first[2]
-
-
 def normalised(rank: int) -> list[Any]:
     model = nn.Sequential(nn.Linear(2, 2), nn.SyncBatchNorm(2), nn.ReLU())
     model.cuda()
