@@ -39,6 +39,7 @@ _HEAD = struct.Struct("<8sQQQQ")  # what it is, number of the step, number of th
 _EAGER = 1 << 13  # bytes that travel with the header
 _SHARE, _ANSWERS, _END = range(3)
 _ROUNDING = ("allreduce_hook", "fp16_compress_hook", "bf16_compress_hook")  # torch's own, which only round
+_QUIET = "no collective of the program's own writes to a tensor that the step has used"
 _DOING = ("hands in step", "decides systems of step", "has ended after step")
 
 
@@ -69,8 +70,14 @@ class Plan:
         for each in self.parallel:
             if getattr(each, "mixed_precision", None) is not None:
                 return "DistributedDataParallel(mixed_precision=...) swaps the parameters in forward: not supported"
-            for hook, _ in getattr(each, "_comm_hooks", ()) if self.team is not None else ():
-                if not _only_rounds(hook):
+            if self.team is None:
+                continue
+            ignored = set(getattr(each, "parameters_to_ignore", ()))
+            for name, parameter in each.module.named_parameters():
+                if parameter.requires_grad and name in ignored:
+                    return f"DistributedDataParallel ignores {name}, whose gradient nobody averages: not supported"
+            for hook, state in getattr(each, "_comm_hooks", ()):
+                if not _only_rounds(hook) or (state is not None and state is not each.process_group):
                     return f"the communication hook {_named(hook)} may change the averaged gradient: not supported"
         return ""
 
@@ -97,7 +104,7 @@ def plan(model: torch.nn.Module, group: Any = None) -> Plan:
     if group == LOCAL or sharded:
         several = ready and dist.get_world_size() > 1
         own = "the gradient is this rank's own, before any averaging"
-        return Plan(inner, None, tuple(parallel), sharded, (own,) if several else ())
+        return Plan(inner, None, tuple(parallel), sharded, (own, _QUIET) if several else ())
     if fsdp and group is None:
         group = Shards(model).group()
     if group is None:
@@ -112,6 +119,10 @@ def plan(model: torch.nn.Module, group: Any = None) -> Plan:
                 'hand over the parallel model, or group= with the ranks that average its gradients, or group="local" '
                 "to certify this rank's own gradient"
             )
+    averaging = [dist.get_process_group_ranks(each.process_group) for each in parallel]  # type: ignore[arg-type]
+    for ranks in averaging:
+        if group is not None and ranks != dist.get_process_group_ranks(group):
+            raise AdcertError("the ranks of group= are not those over which DistributedDataParallel averages gradients")
     if group is None or dist.get_world_size(group) == 1:
         return Plan(inner, None, tuple(parallel), fsdp=fsdp)
     by = "FSDP" if fsdp else "DistributedDataParallel" if parallel else ""
@@ -170,6 +181,7 @@ class Team:
         self._assumptions = (
             f"the {size} ranks have the same parameters, and {averaged} their gradients",
             "no other collective of the step carries values from rank to rank",
+            _QUIET,
         )
 
     def conclude(self, number: int, share: Share, memory: Memory | None) -> Certificate:

@@ -14,6 +14,8 @@ from torch import Tensor
 from .transfer import Arrival, Batch, follow, in_use
 
 _SAMPLED = 16  # entries of a tensor
+_PRIME = 61
+_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,7 +70,7 @@ class Examination:
 
 @dataclass(frozen=True, eq=False)
 class Sample:
-    """A few entries of every parameter and its gradient: processes that average gradients have the same ones."""
+    """Entries of every parameter, sums over every gradient: processes that average gradients have the same ones."""
 
     entries: Arrival
 
@@ -76,7 +78,13 @@ class Sample:
     def of(cls, leaves: Iterable[Tensor], streams: Iterable[torch.cuda.Stream]) -> Sample:
         """``streams``: of the step."""
         follow(streams)
-        return cls(Arrival(sampled(t for leaf in leaves for t in (leaf, leaf.grad) if t is not None), patient=True))
+        held = list(leaves)
+        grads = [leaf.grad for leaf in held if leaf.grad is not None]
+        sums = [_sums(grad) for grad in grads if grad.layout is torch.strided and grad.numel()]
+        groups: dict[torch.device, list[Tensor]] = {}
+        for each in sums:
+            groups.setdefault(each.device, []).append(each)
+        return cls(Arrival([*sampled((*held, *grads)), *map(torch.cat, groups.values())], patient=True))
 
     def digest(self) -> str:
         """sha256 of the entries' bytes."""
@@ -93,6 +101,26 @@ def sampled(tensors: Iterable[Tensor]) -> list[Tensor]:
         if t.layout is torch.strided:
             groups.setdefault((t.device, t.dtype), []).append(_spread(t.detach()))
     return [torch.cat(group) for group in groups.values()]
+
+
+def _sums(t: Tensor) -> Tensor:
+    """Sums of the bit patterns of entries, wrapping: by their place modulo a prime, and over consecutive ones.
+
+    Two tensors have the same if they are equal, and hardly else: entries that differ change both, in their own places.
+    """
+    dense = t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)
+    flat = t.detach().as_strided((t.numel(),), (1,)) if dense else t.detach().flatten()
+    width = 8 // flat.element_size()  # eight bytes at a time, where memory lets us
+    aligned = width > 0 and flat.storage_offset() % width == 0
+    words = flat[: len(flat) // width * width].view(torch.int64) if aligned else flat[:0].to(torch.int64)
+    rest = flat[len(words) * width :] if aligned else flat
+    bits = rest.view(_BITS[rest.element_size()]).to(torch.int64)
+    parts = []
+    for each in (words, bits):
+        whole = len(each) // _PRIME * _PRIME
+        table = each[:whole].reshape(-1, _PRIME)
+        parts += [table.sum(0), each[whole:], *(block.sum().reshape(1) for block in table.chunk(_PRIME))]
+    return torch.cat(parts)
 
 
 def _spread(t: Tensor) -> Tensor:

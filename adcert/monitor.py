@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from types import TracebackType
@@ -62,6 +62,8 @@ class Step:
             self._watch = Watch(recorder, self._on_root, self._on_gradients, known)
         self._ended = False
         self._examination = Examination()
+        self._returned = False  # a gradient was returned, and not accumulated
+        self._synced = True  # the last backward pass was one that DistributedDataParallel averages
         self._began = time.perf_counter()
         self._wait: Callable[[Callable[[], bool]], None] | None = None
         self._certificate: Certificate | None = None
@@ -133,15 +135,31 @@ class Step:
         start = time.perf_counter()
         with torch.no_grad(), torch._C.DisableTorchFunction():
             try:
+                self._synced = all(each.require_backward_grad_sync for each in self._plan.parallel)
                 if result is None:
                     self._look(analysis)
                 else:
+                    self._returned = True
                     given = [inputs] if isinstance(inputs, Tensor) else list(inputs)
                     names = [analysis.leaves.name(t) if t.is_leaf else "an input of autograd.grad" for t in given]
                     self._examination.look(zip(names, result, strict=False), self._recorder.streams)
             except Exception as error:  # the user's training goes on; the step is undecided, loudly
                 analysis.failures[f"the gradients could not be examined ({type(error).__name__}: {error})"] = None
         analysis.seconds["analysis"] += time.perf_counter() - start
+
+    def _unaveraged(self, leaves: Iterable[Tensor]) -> list[str]:
+        """Why DistributedDataParallel may not have averaged the step's gradients."""
+        grads = [leaf.grad for leaf in leaves]
+        reasons = [self._plan.refusal()]
+        if grads and all(grad is None for grad in grads):
+            reasons.append("no gradient was accumulated: DistributedDataParallel averages none")
+        if any(grad is not None and grad.layout is not torch.strided for grad in grads):
+            reasons.append("sparse gradients are not compared between ranks: use dense ones (sparse=False)")
+        if self._returned:
+            reasons.append("torch.autograd.grad returns this rank's own gradient, which nobody averages")
+        if not self._synced:
+            reasons.append("the last backward pass ran under no_sync: nobody averages its gradient")
+        return [reason for reason in reasons if reason]
 
     def _look(self, analysis: StepAnalysis) -> None:
         if self._shards is not None:
@@ -176,9 +194,8 @@ class Step:
                     reason = self._shards.left()
                     share.failures.extend([reason] if reason else [])
                 elif team is not None and team.parallel:
+                    share.failures.extend(self._unaveraged(leaves.values()))
                     share = replace(share, sample=Sample.of(leaves.values(), self._recorder.streams))
-                    if leaves and all(leaf.grad is None for leaf in leaves.values()):
-                        share.failures.append("no gradient was accumulated: DistributedDataParallel averages none")
         except Exception as error:  # the user's training goes on; the step is undecided, loudly
             share = Share([f"the analysis failed with {type(error).__name__}: {error}"], analysis.strict)
         now = time.perf_counter()

@@ -81,6 +81,10 @@ OnGradients = Callable[[Any, Any], None]
 Note = TypeVar("Note")
 
 
+# They write in place, and leave the version of what they write as it is.
+_UNVERSIONED = frozenset("_fused_sgd_ _fused_adam_ _fused_adamw_ _fused_adagrad_ apply_ map_ map2_".split())
+
+
 class Notes(Generic[Note]):
     """Notes about tensors, each as an object of its own; the tensors are not kept alive (a note may keep another)."""
 
@@ -153,6 +157,7 @@ class Watch(TorchFunctionMode):
         self._rewritten: Notes[int] = Notes()  # versions that seen writes have given memory, by its base
         self._leaves: dict[int, tuple[Tensor, int]] = {}
         self._frozen: Notes[bool] = Notes()  # running statistics that the graph reads again in backward
+        self._constants: Notes[bool] = Notes()  # what it has read besides, and may read again
         self.modes = 0  # dispatch modes of our own
         self.calls = 0
         recorder.witness = self
@@ -169,8 +174,10 @@ class Watch(TorchFunctionMode):
 
     def forget(self) -> None:
         """Let go of every tensor; the step has ended."""
-        for notes in (self._hidden, self._aliases, self._versions, self._rewritten, self._frozen, self._held):
+        for notes in (self._hidden, self._aliases, self._versions, self._rewritten):
             notes.clear()
+        for marks in (self._frozen, self._constants, self._held):
+            marks.clear()
         self.dropped.clear()
         self._written.clear()
         self._leaves.clear()
@@ -207,6 +214,12 @@ class Watch(TorchFunctionMode):
         _gather(args, tensors)
         if kwargs:
             _gather(kwargs.values(), tensors)
+        name = getattr(func, "__name__", "")
+        if name in _UNVERSIONED or (name == "__set__" and getattr(func.__self__, "__name__", "") == "data"):
+            text = "writes to tensors, and no version counter tells: end the step before"
+            self.problems[f"{name}{caller()} {text}"] = None
+        if dropping() and any(isinstance(each, torch.Generator) for each in (*args, *kwargs.values())):
+            self.problems[f"{name}{caller()} draws from a generator that torch.utils.checkpoint does not keep"] = None
         if dropping() and func not in _BACKWARD:
             with self._checkpoint(func, tensors):
                 return self._follow(func, args, kwargs, tensors)
@@ -306,7 +319,7 @@ class Watch(TorchFunctionMode):
         outputs = [out for out in results if isinstance(out, Tensor)]
         live = any([tensor.requires_grad for tensor in given])
         source = next((found for found in map(self.source_of, given) if found), None)
-        if problem and torch.is_grad_enabled() and (live or source is not None):
+        if problem and (live or source is not None):
             self.problems[problem] = None
         if live and any(not isinstance(out, Tensor) and out is not None for out in results):
             text = f"values read into Python by a compiled program{caller()} are constants of the step"
@@ -508,6 +521,10 @@ class _Call:
         live = self.live
         alias = bool(watch._aliases) and any(watch._aliases.get(t) is not None for t in self.tensors)
         self._keep_statistics(statistics, training, live)
+        if live and torch.is_grad_enabled():
+            for tensor in self.tensors:
+                if not tensor.requires_grad and not any(tensor is each for each in statistics):
+                    watch._constants.set(tensor, True)
         if source is None and not live and not alias:
             return
         if self.name in _HOOKS:
@@ -552,7 +569,7 @@ class _Call:
         for tensor in statistics:
             if not training and live and torch.is_grad_enabled():
                 frozen.set(tensor, True)
-            elif training and frozen.get(tensor):
+            elif training and (frozen.get(tensor) or self.watch._constants.get(tensor)):
                 self.problem(f"{self.name}{caller()} changes running statistics that the graph still needs")
 
     def _check_writes(self) -> None:

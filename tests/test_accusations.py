@@ -97,6 +97,58 @@ def test_a_mean_over_more_targets_than_predictions() -> None:
     assert certify(lambda: torch.nn.functional.mse_loss(w * 1.0, t), w).verdict == "certified"
 
 
+WRITERS: dict[str, Callable[[torch.nn.Parameter, Tensor], object]] = {
+    "fused": lambda w, c: torch.optim.SGD([w], lr=1.0, fused=True).step(),
+    "fused, averaged": lambda w, c: torch.optim.Adam([w], lr=1.0, fused=True).step(),
+    "apply_": lambda w, c: c.apply_(lambda x: 5 * x),
+    "map_": lambda w, c: c.map_(torch.full_like(c, 5.0), lambda x, y: y),
+    "data": lambda w, c: setattr(c, "data", torch.full_like(c, 5.0)),
+}
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_writes_without_a_new_version(name: str) -> None:
+    """Between forward and backward, or between two passes, they change what autograd goes on to use."""
+    w, c = param([1.0, 1.0]), torch.ones(2, dtype=torch.float64)
+    model = torch.nn.ParameterList([w])
+    w.grad = torch.ones_like(w)
+    with adcert.Monitor(model) as monitor, monitor.step() as step:
+        loss = (torch.relu(w) * c).sum()
+        with torch.no_grad():
+            WRITERS[name](w, c)
+        loss.backward()
+    assert step.summary["verdict"] == "undecided"
+    assert any("version" in reason for reason in step.summary["reasons"]), step.summary["reasons"]
+    with monitor.step() as step:  # after backward they are nobody's concern
+        (torch.relu(w) * c).sum().backward()
+        with torch.no_grad():
+            WRITERS[name](w, c)
+    assert not any("version" in reason for reason in step.summary["reasons"])
+
+
+def test_statistics_that_were_read_before_they_are_written() -> None:
+    norm = torch.nn.BatchNorm1d(2).double()
+    w = param([1.0, 2.0])
+
+    def loss() -> Tensor:
+        read = (torch.relu(w) * norm.running_var).sum()
+        norm(torch.randn(8, 2, dtype=torch.float64))
+        return read + norm(w.expand(3, 2) * torch.tensor([[1.0], [2.0], [4.0]])).sum()
+
+    assert certify(loss, w).verdict == "undecided"
+
+
+def test_a_generator_under_a_checkpoint() -> None:
+    w, generator = param([1.0]), torch.Generator()
+
+    def region(x: Tensor) -> Tensor:
+        return x * torch.rand(1, generator=generator, dtype=torch.float64)
+
+    found = certify(lambda: torch.utils.checkpoint.checkpoint(region, w, use_reentrant=False).sum(), w)
+    assert found.verdict == "undecided"
+    assert any("generator" in reason for reason in found.reasons)
+
+
 @pytest.mark.parametrize("by_name", [True, False])
 def test_an_embedding_that_shortens_its_rows(by_name: bool) -> None:
     """At norm 1 = max_norm the function is w on one side and a constant on the other."""

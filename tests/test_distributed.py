@@ -330,13 +330,76 @@ def test_gradients_that_nobody_averaged_are_not_certified(two: World) -> None:
     reasons = {
         "around": "no backward pass of the step averaged them",
         "grad": "no gradient was accumulated",
-        "hook": "its gradients or parameters are not those of rank 0",
+        "hook": "the communication hook halved may change the averaged gradient",
         "hooked": "the communication hook halved may change the averaged gradient",
     }
     for how, reason in reasons.items():
         first, second = two.run(moved, how)
         assert first == second
         assert first[0] == "undecided" and any(reason in text for text in first[1]), how
+
+
+class Table(nn.Module):
+    """An embedding of which each rank reads one row: two gradients that differ in two entries of 64."""
+
+    def __init__(self, sparse: bool = False) -> None:
+        super().__init__()
+        self.rows = nn.Embedding(64, 1, sparse=sparse)
+        nn.init.ones_(self.rows.weight)
+
+    def forward(self, row: torch.Tensor) -> torch.Tensor:
+        return torch.relu(self.rows(row))
+
+
+def one_row(rank: int, how: str) -> list[Any]:
+    table = Table(how == "sparse")
+    if how == "ignored":
+        names = ["rows.weight"]
+        table.other = nn.Linear(1, 1)
+        DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(table, names)
+    parallel = DistributedDataParallel(table, find_unused_parameters=how == "ignored")
+    row = torch.tensor([1 + rank])
+    if how in ("returned", "zeros"):
+        table.rows.weight.grad = torch.zeros(64, 1)
+    with adcert.Monitor(parallel) as monitor, monitor.step() as step:
+        if how == "around":
+            table(row).sum().backward()
+        elif how == "returned":
+            torch.autograd.grad(parallel(row).sum(), [table.rows.weight])
+        elif how in ("no_sync", "sparse"):
+            with parallel.no_sync():
+                parallel(row).sum().backward()
+        else:
+            parallel(row).sum().backward()
+    return [step.summary["verdict"], step.summary["reasons"]]
+
+
+def test_one_entry_that_nobody_averaged_is_enough(two: World) -> None:
+    reasons = {
+        "around": "its gradients or parameters are not those of rank 0",
+        "no_sync": "ran under no_sync",
+        "sparse": "sparse gradients are not compared",
+        "returned": "returns this rank's own gradient",
+        "ignored": "ignores rows.weight",
+    }
+    assert two.run(one_row, "plain")[0] == ["certified", []]
+    for how, reason in reasons.items():
+        first, second = two.run(one_row, how)
+        assert first == second
+        assert first[0] == "undecided" and any(reason in text for text in first[1]), (how, first)
+
+
+def other_ranks(rank: int) -> str:
+    alone = [dist.new_group([0]), dist.new_group([1])][rank]
+    try:
+        adcert.Monitor(DistributedDataParallel(Table()), group=alone)
+    except adcert.AdcertError as error:
+        return str(error)
+    return ""
+
+
+def test_a_group_of_other_ranks_than_those_that_average(two: World) -> None:
+    assert all("are not those over which" in text for text in two.run(other_ranks))
 
 
 def parameters_apart(rank: int) -> list[Any]:
@@ -455,7 +518,7 @@ def test_whose_gradient_it_is_has_to_be_clear(two: World) -> None:
     unclear, wrong, local, group = two.run(whose)[0]
     assert "torch.distributed runs 2 ranks, and this model is no DistributedDataParallel" in unclear
     assert wrong == 'group is a process group of torch.distributed, or "local", got 3'
-    assert local == "the gradient is this rank's own, before any averaging"
+    assert local.startswith("the gradient is this rank's own, before any averaging; no collective of the program's own")
     assert group.startswith("the 2 ranks have the same parameters, and the program averages, or adds up, their gradie")
 
 
