@@ -14,7 +14,8 @@ from torch import Tensor
 from .transfer import Arrival, Batch, follow, in_use
 
 _SAMPLED = 16  # entries of a tensor
-_PRIME = 61
+_PRIME = 509
+_BLOCKS = 16
 _BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
@@ -104,9 +105,10 @@ def sampled(tensors: Iterable[Tensor]) -> list[Tensor]:
 
 
 def _sums(t: Tensor) -> Tensor:
-    """Sums of the bit patterns of entries, wrapping: by their place modulo a prime, and over consecutive ones.
+    """Sums of the bit patterns of entries, wrapping, over the rows and over the columns of a table of them.
 
-    Two tensors have the same if they are equal, and hardly else: entries that differ change both, in their own places.
+    Two tensors have the same if they are equal, and hardly else: two entries that are exchanged change places in a row
+    or in a column.
     """
     dense = t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)
     flat = t.detach().as_strided((t.numel(),), (1,)) if dense else t.detach().flatten()
@@ -114,13 +116,13 @@ def _sums(t: Tensor) -> Tensor:
     aligned = width > 0 and flat.storage_offset() % width == 0
     words = flat[: len(flat) // width * width].view(torch.int64) if aligned else flat[:0].to(torch.int64)
     rest = flat[len(words) * width :] if aligned else flat
-    bits = rest.view(_BITS[rest.element_size()]).to(torch.int64)
-    parts = []
-    for each in (words, bits):
-        whole = len(each) // _PRIME * _PRIME
-        table = each[:whole].reshape(-1, _PRIME)
-        parts += [table.sum(0), each[whole:], *(block.sum().reshape(1) for block in table.chunk(_PRIME))]
-    return torch.cat(parts)
+    parts = [rest.view(_BITS[rest.element_size()]).to(torch.int64)]
+    for size in (_BLOCKS * _PRIME, _PRIME):  # sums over blocks of rows are quicker than over all
+        if len(words) >= size:
+            table = words[: len(words) // size * size].reshape(size // _PRIME, -1, _PRIME)
+            parts += [table.sum(1).flatten(), table.sum(2).flatten()]
+            words = words[table.numel() :]
+    return torch.cat([*parts, words])
 
 
 def _spread(t: Tensor) -> Tensor:
