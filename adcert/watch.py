@@ -215,7 +215,7 @@ class Watch(TorchFunctionMode):
         if kwargs:
             _gather(kwargs.values(), tensors)
         name = getattr(func, "__name__", "")
-        if name in _UNVERSIONED or (name == "__set__" and getattr(func.__self__, "__name__", "") == "data"):
+        if name in _UNVERSIONED or (name == "__set__" and attribute_of(func) == "data"):
             text = "writes to tensors, and no version counter tells: end the step before"
             self.problems[f"{name}{caller()} {text}"] = None
         if dropping() and any(isinstance(each, torch.Generator) for each in (*args, *kwargs.values())):
@@ -317,6 +317,9 @@ class Watch(TorchFunctionMode):
         ``problem``: why it cannot be followed, or "": it may have done anything then with what it was given.
         """
         outputs = [out for out in results if isinstance(out, Tensor)]
+        if any(tensor.layout is not torch.strided for tensor in (*written, *outputs)):
+            self.problems["compiled code returns or writes sparse tensors, which are not followed"] = None
+            return
         live = any([tensor.requires_grad for tensor in given])
         source = next((found for found in map(self.source_of, given) if found), None)
         if problem and (live or source is not None):
@@ -505,7 +508,7 @@ class _Call:
 
     def setter(self) -> str:
         """Name of the attribute a ``__set__`` call writes, else ''."""
-        return getattr(getattr(self.func, "__self__", None), "__name__", "") if self.name == "__set__" else ""
+        return attribute_of(self.func) if self.name == "__set__" else ""
 
     def follow(self, output: Any) -> None:
         if self.name in _VALUE_FREE or (self.name == "__set__" and self.setter() != "data"):
@@ -676,6 +679,11 @@ def _gather(values: Iterable[Any], found: list[Tensor]) -> None:
             _gather(value.values(), found)
         elif isinstance(value, slice):
             _gather((value.start, value.stop, value.step), found)
+
+
+def attribute_of(setter: Any) -> str:
+    """Name of the attribute of tensors that a ``__set__`` belongs to, else ''."""
+    return getattr(getattr(setter, "__self__", None), "__name__", "")
 
 
 def base_of(tensor: Tensor) -> Tensor:
