@@ -30,7 +30,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE / "csrc"))
 cuda_build = importlib.import_module("cuda_build")
 
-FAMILIES = ("relu", "activation", "pool", "route", "resolve", "rows", "windows")
+FAMILIES = ("relu", "activation", "pool", "route", "resolve", "rows", "windows", "fingerprint")
 SOURCES = ["csrc/library.cpp", *(f"csrc/{family}_cpu.cpp" for family in FAMILIES)]
 COMPILE = [
     "-O3",

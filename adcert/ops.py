@@ -52,6 +52,7 @@ __all__ = [
     "activation",
     "conv_patches",
     "distinct_rows",
+    "fingerprints",
     "kinks",
     "max_pool2d",
     "opposite_rows",
@@ -79,6 +80,7 @@ _NAMES = (
     "conv_patches",
     "distinct_rows",
     "opposite_rows",
+    "fingerprints",
 )
 
 
@@ -628,6 +630,35 @@ def opposite_rows(plus: Tensor, minus: Tensor, group: Tensor) -> Tensor:
 
 
 torch.library.register_fake("adcert::opposite_rows", lambda plus, minus, group: _list(group))
+
+# fingerprints ----------------------------------------------------------------------------------------------
+
+
+def fingerprints(tensors: Sequence[Tensor]) -> Tensor:
+    """int32 ``[K, 65]``: of each tensor, whether some value is not finite, and 64 sums over its memory, wrapping.
+
+    Tensors of one shape and layout have the same sums if they are equal, bit for bit. One that differs in a single word
+    of 32 bits has others; one that differs in more of them is missed about once in 2^32 times.
+
+    Args:
+        tensors: at least one, all on one device; any shapes and strides; float32, float64, bfloat16 or float16.
+
+    Raises:
+        RuntimeError: no tensor, another dtype, several devices.
+
+    >>> prints = fingerprints([torch.tensor([1.0, 2.0]), torch.tensor([2.0, 1.0]), torch.tensor([torch.inf])])
+    >>> prints[:, 0].tolist(), bool((prints[0] == prints[1]).all())
+    ([0, 0, 1], False)
+    """
+    if not tensors:
+        raise RuntimeError("fingerprints: expected at least one tensor")
+    result: Tensor = _OPS.fingerprints([t.detach() for t in tensors])
+    return result
+
+
+torch.library.register_fake(
+    "adcert::fingerprints", lambda tensors: tensors[0].new_empty((len(tensors), 65), dtype=torch.int32)
+)
 
 # helpers ---------------------------------------------------------------------------------------------------
 

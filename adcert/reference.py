@@ -447,6 +447,25 @@ def opposite_rows(plus: Tensor, minus: Tensor, group: Tensor) -> Tensor:
     return torch.zeros(0, dtype=torch.int64)
 
 
+def fingerprints(tensors: Sequence[Tensor]) -> Tensor:
+    """int32 ``[K, 65]``: whether some value is not finite, then 64 sums over the scattered words of memory."""
+    rows = []
+    for t in tensors:
+        _check_dtype(t, "fingerprints")
+        memory = sorted(range(t.dim()), key=t.stride, reverse=True)  # dense ones by falling strides
+        dense = t.detach().permute(memory).contiguous().flatten()
+        raw = dense.view(torch.uint8).tolist()
+        sums = [0] * 64
+        for k in range(-(-len(raw) // 256) * 64):
+            word = int.from_bytes(bytes(raw[4 * k : 4 * k + 4]), "little")
+            h = (word + k * 0x9E3779B1) * 0x85EBCA6B % 2**32
+            h = (h ^ (h >> 16)) * 0xC2B2AE35 % 2**32
+            sums[k % 64] += h ^ (h >> 15)
+        odd = not bool(torch.isfinite(dense).all())
+        rows.append([odd, *((value + 2**31) % 2**32 - 2**31 for value in sums)])
+    return torch.tensor(rows, dtype=torch.int32)
+
+
 def _layout(x: Tensor) -> torch.memory_format:
     """The memory format torch gives pooled output: channels_last iff the strides of ``x`` look like it."""
     if x.dim() != 4 or 0 in x.shape:

@@ -17,6 +17,7 @@
 //   conv_patches         patches of a convolution's input, one row for each output unit
 //   distinct_rows        ascending indices of the first of equal rows
 //   opposite_rows        a row that seems the opposite of an earlier one of its group
+//   fingerprints         of each tensor: whether a value is not finite, and 64 sums over the bits of its memory
 //
 // capacity of a recording operator: -1, its lists are as long as what was found, ascending (on the CPU); else they have
 // room for so many entries, counts tells how many were found, and what is beyond is unspecified. On CUDA the entries
@@ -51,4 +52,5 @@ STABLE_TORCH_LIBRARY(ADCERT_LIBRARY, m) {
   m.def("conv_patches(Tensor x, Tensor units, int[] stage) -> Tensor");
   m.def("distinct_rows(Tensor rows) -> Tensor");
   m.def("opposite_rows(Tensor plus, Tensor minus, Tensor group) -> Tensor");
+  m.def("fingerprints(Tensor[] tensors) -> Tensor");
 }

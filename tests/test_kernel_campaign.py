@@ -189,6 +189,7 @@ def check_rows(kernels: Kernels, dice: Dice) -> set[str]:
     distinct, opposite = CPU.distinct_rows(rows), CPU.opposite_rows(plus, minus, group)
     assert_same(kernels("distinct_rows", rows)[0], distinct)
     assert_same(kernels("opposite_rows", plus, minus, group)[0], opposite)
+    assert_same(kernels("fingerprints", [plus, minus, plus[1:]])[0], CPU.fingerprints([plus, minus, plus[1:]]))
     bytes_ = rows.dtype in (torch.int8, torch.uint8)
     return _seen(repeats=len(distinct) < len(rows), opposite=len(opposite), bytes=bytes_, empty=not rows.numel())
 

@@ -238,6 +238,53 @@ def test_rows_may_begin_anywhere(place: Place, dtype: torch.dtype) -> None:
     assert ops.distinct_rows(flat[1:].view(3, width)).tolist() == [0, 1]
 
 
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+@pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced", "3d", "empty"])
+def test_fingerprints(place: Place, dtype: torch.dtype, layout: str) -> None:
+    x = image(dtype, layout, special=False)
+    flat = torch.arange(700).to(dtype)
+    tensors = [x, flat[:0], flat[1:2], flat[1:], flat[:513], flat[3:].reshape(-1, 17), flat[0]]  # from odd places
+    actual = ops.fingerprints([place.to(t) for t in tensors])
+    assert_same(actual, reference.fingerprints(tensors))
+    assert not actual[:, 0].any()
+
+
+def test_fingerprints_of_many_tensors(place: Place) -> None:
+    """More than one launch takes, of all dtypes in turn, and one that many blocks share."""
+    tensors = [torch.arange(k, 3 * k).to(dtype) for k in range(60) for dtype in reference.DTYPES]
+    tensors.insert(100, torch.arange(70_000, dtype=torch.float32))
+    assert_same(ops.fingerprints([place.to(t) for t in tensors]), reference.fingerprints(tensors))
+
+
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_fingerprints_find_what_is_not_finite(place: Place, dtype: torch.dtype, value: float) -> None:
+    largest = torch.finfo(dtype).max
+    tensors = [torch.full((131,), largest if k % 2 else -largest, dtype=dtype) for k in range(131)]
+    for k, t in enumerate(tensors[:-1]):
+        t[k] = value
+    assert ops.fingerprints([place.to(t) for t in tensors])[:, 0].tolist() == [1] * 130 + [0]
+
+
+@pytest.mark.parametrize("size", [1, 2, 7, 64, 509, 9000])
+@pytest.mark.parametrize("dtype", reference.DTYPES)
+def test_fingerprints_notice_any_entry_and_any_exchange_of_two(place: Place, size: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(size)
+    t = torch.randint(-2, 3, (size,), generator=generator).to(dtype)  # few values: their bits differ in few places
+    pairs = torch.randint(0, size, (50, 2), generator=generator)
+    pairs[25:, 1] = pairs[25:, 0] % 128 + torch.randint(0, 9, (25,), generator=generator) * 128  # of one lane, mostly
+    changed, exchanged = [], []
+    for i, j in pairs.clamp(max=size - 1).tolist():
+        changed.append(t.clone())
+        changed[-1][i] += 1
+        exchanged.append(t.clone())
+        exchanged[-1][i], exchanged[-1][j] = t[j], t[i]
+    found = ops.fingerprints([place.to(each) for each in (t, *changed, *exchanged)]).cpu()
+    same = (found == found[0]).all(1).tolist()
+    assert not any(same[1:51])
+    assert same[51:] == [torch.equal(each, t) for each in exchanged]
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
 def test_capacity_bounds_the_lists(place: Place, layout: str) -> None:
     x = place.to(image(torch.float32, layout))
@@ -439,7 +486,8 @@ def test_order_does_not_depend_on_threads(layout: torch.memory_format) -> None:
     results = []
     for threads in (1, 2, 3, 7):
         torch.set_num_threads(threads)
-        results.append([*ops.max_pool2d(x, 3, 2, 1, relu=True), *ops.relu(x), *ops.max_pool2d(x, 2)])
+        prints = ops.fingerprints([torch.arange(300_000.0), x])
+        results.append([*ops.max_pool2d(x, 3, 2, 1, relu=True), *ops.relu(x), *ops.max_pool2d(x, 2), prints])
     for result in results[1:]:
         for a, e in zip(result, results[0], strict=True):
             assert_same(a, e)
@@ -460,6 +508,7 @@ def test_cuda_sources_do_not_depend_on_the_order_of_threads(
         for name in bulk:
             result = getattr(ops, name)(*moved(bulk_arguments(name, x), place))
             found += [result] if isinstance(result, Tensor) else [*result]
+        found.append(ops.fingerprints([y, y[0, 0], y[1]]))
         return [t.cpu() for t in found]
 
     with opened("kernels") as place:
@@ -493,10 +542,15 @@ def test_bad_geometry(place: Place, shape: tuple[int, ...], arguments: dict[str,
         ops.max_pool2d(place.to(torch.zeros(shape)), 2, **arguments)
 
 
-@pytest.mark.parametrize("op", [ops.relu, ops.touches, lambda x: ops.max_pool2d(x, 2)])
+@pytest.mark.parametrize("op", [ops.relu, ops.touches, lambda x: ops.max_pool2d(x, 2), lambda x: ops.fingerprints([x])])
 def test_bad_dtype(place: Place, op: Callable[[Tensor], object]) -> None:
     with pytest.raises(RuntimeError, match="float16"):
         op(place.to(torch.zeros(1, 4, 4, dtype=torch.int32)))
+
+
+def test_fingerprints_of_nothing() -> None:
+    with pytest.raises(RuntimeError, match="at least one"):
+        ops.fingerprints([])
 
 
 def test_routes_that_do_not_fit(place: Place) -> None:
@@ -548,6 +602,8 @@ def samples(name: str) -> Iterator[tuple[Any, ...]]:
         elif name in ("resolve_ties", "conv_patches", "distinct_rows", "opposite_rows"):
             if layout != "3d" and not grad:
                 yield bulk_arguments(name, x)
+        elif name == "fingerprints":
+            yield ([x.detach(), x.detach()[0]],)
         else:
             routes = torch.ops.adcert.max_pool2d(x.detach(), *pairs, False, True)[6]
             if name == "max_pool2d_gather":
@@ -582,7 +638,7 @@ def bulk_arguments(name: str, x: Tensor) -> tuple[Any, ...]:
 
 
 FORWARD = ("relu", "activation", "prelu", "touches", "max_pool2d", "max_pool2d_backward", "max_pool2d_gather")
-OPERATORS = (*FORWARD, "window_ties", "resolve_ties", "conv_patches", "distinct_rows", "opposite_rows")
+OPERATORS = (*FORWARD, "window_ties", "resolve_ties", "conv_patches", "distinct_rows", "opposite_rows", "fingerprints")
 
 
 def test_every_operator_is_listed() -> None:

@@ -13,7 +13,7 @@ from adcert.ops import ACTIVATIONS
 Kernel = Callable[..., Any]
 NAMES = tuple(
     """relu activation prelu touches max_pool2d max_pool2d_backward max_pool2d_gather window_ties resolve_ties
-    conv_patches distinct_rows opposite_rows""".split()
+    conv_patches distinct_rows opposite_rows fingerprints""".split()
 )
 
 
