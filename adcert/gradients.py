@@ -1,35 +1,53 @@
-"""Are the gradients of a step finite? On a device the answer comes when the worker needs it."""
+"""What is looked at in the gradients of a step: are they finite, and are they those of the other processes?
+
+On a device the answers come when the worker needs them.
+"""
 
 from __future__ import annotations
 
 import hashlib
-import math
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from .transfer import Arrival, Batch, follow, in_use
+from . import ops
+from .transfer import Arrival, follow, in_use
 
 _SAMPLED = 16  # entries of a tensor
-_PRIME = 509
-_BLOCKS = 16
-_BITS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.int64}
 
 
 @dataclass(frozen=True, eq=False)
 class Gradients:
-    """``problems``: what is known already; ``away``: names of gradients on a device, and their largest entries."""
+    """``problems``: what is known already; ``away``: names of gradients on a device, and their fingerprints."""
 
     problems: list[str]
-    away: list[tuple[list[str], Batch]]
+    away: list[tuple[list[str], Arrival]]
 
     def late(self) -> list[str]:
         """The problem of the first gradient on a device that has one; waits for all of them."""
-        sizes = [pair for names, batch in self.away for pair in zip(names, batch.wait(), strict=True)]
-        return [_problem(name) for name, size in sizes if not math.isfinite(float(size))][:1]
+        return [_problem(name) for names, prints in self.away for name in _not_finite(names, prints)][:1]
+
+
+@dataclass(frozen=True, eq=False)
+class Sample:
+    """What processes that average gradients have in common.
+
+    ``entries``: some of every parameter; ``prints``: fingerprints of gradients, and which rows of them.
+    """
+
+    entries: Arrival
+    prints: tuple[tuple[Arrival, list[int]], ...] = ()
+
+    def digest(self) -> str:
+        """sha256 of all that."""
+        total = hashlib.sha256()
+        rows = [arrival.wait()[0][rows] for arrival, rows in self.prints]
+        for t in (*self.entries.wait(), *rows):
+            total.update(t.view(torch.uint8).numpy().data)
+        return total.hexdigest()
 
 
 class Examination:
@@ -38,27 +56,40 @@ class Examination:
     def __init__(self) -> None:
         self.found = Gradients([], [])
         self._seen: dict[str, tuple[weakref.ref[Tensor], int]] = {}
+        self._prints: dict[str, tuple[Arrival, int]] = {}  # the latest of each gradient
 
     def look(self, gradients: Iterable[tuple[str, Tensor | None]], streams: Iterable[torch.cuda.Stream]) -> None:
         """Named gradients, without waiting for a device; those that were looked at as they are, are not read again.
 
         ``streams``: of the step.
         """
-        away: dict[str, Tensor] = {}
+        groups: dict[torch.device, dict[str, Tensor]] = {}
         for name, given in gradients:
-            if given is None or self._known(name, given):
-                continue
-            grad = given.detach()
-            grad = grad._values() if grad.is_sparse else grad
-            if grad.is_cuda:
-                if grad.numel():
-                    away[name] = grad
-            # the sum first: it reads the gradient once and seldom overflows
-            elif not bool(torch.isfinite(grad.sum())) and not bool(torch.isfinite(grad).all()):
-                self.found.problems[:] = self.found.problems or [_problem(name)]
-        if away:
+            if given is not None and not self._known(name, given):
+                grad = given.detach()
+                grad = grad._values() if grad.is_sparse else grad
+                grad = torch.view_as_real(grad.resolve_conj()) if grad.is_complex() else grad
+                groups.setdefault(grad.device, {})[name] = grad
+        if any(device.type == "cuda" for device in groups):
             follow(streams)
-            self.found.away.append((list(away), Batch(_sizes(list(away.values())), patient=True)))
+        for device, group in groups.items():
+            names = list(group)
+            prints = Arrival([ops.fingerprints([in_use(grad) for grad in group.values()])], patient=True)
+            self._prints.update((name, (prints, row)) for row, name in enumerate(names))
+            if device.type == "cuda":
+                self.found.away.append((names, prints))
+            elif not self.found.problems:
+                self.found.problems.extend(_problem(name) for name in _not_finite(names, prints)[:1])
+
+    def sample(self, leaves: Mapping[str, Tensor], streams: Iterable[torch.cuda.Stream]) -> Sample:
+        """Of these parameters, by their names, and of their gradients, which have been looked at."""
+        rows: dict[Arrival, list[int]] = {}
+        for name, leaf in leaves.items():
+            if leaf.grad is not None:
+                prints, row = self._prints[name]
+                rows.setdefault(prints, []).append(row)
+        follow(streams)
+        return Sample(Arrival(sampled(leaves.values()), patient=True), tuple(rows.items()))
 
     def _known(self, name: str, grad: Tensor) -> bool:
         if grad.is_inference():  # without a version
@@ -67,32 +98,6 @@ class Examination:
         known = held is not None and held() is grad and version == grad._version
         self._seen[name] = weakref.ref(grad), grad._version
         return known
-
-
-@dataclass(frozen=True, eq=False)
-class Sample:
-    """Entries of every parameter, sums over every gradient: processes that average gradients have the same ones."""
-
-    entries: Arrival
-
-    @classmethod
-    def of(cls, leaves: Iterable[Tensor], streams: Iterable[torch.cuda.Stream]) -> Sample:
-        """``streams``: of the step."""
-        follow(streams)
-        held = list(leaves)
-        grads = [leaf.grad for leaf in held if leaf.grad is not None]
-        sums = [_sums(grad) for grad in grads if grad.layout is torch.strided and grad.numel()]
-        groups: dict[torch.device, list[Tensor]] = {}
-        for each in sums:
-            groups.setdefault(each.device, []).append(each)
-        return cls(Arrival([*sampled((*held, *grads)), *map(torch.cat, groups.values())], patient=True))
-
-    def digest(self) -> str:
-        """sha256 of the entries' bytes."""
-        total = hashlib.sha256()
-        for t in self.entries.wait():
-            total.update(t.view(torch.uint8).numpy().data)
-        return total.hexdigest()
 
 
 def sampled(tensors: Iterable[Tensor]) -> list[Tensor]:
@@ -104,27 +109,6 @@ def sampled(tensors: Iterable[Tensor]) -> list[Tensor]:
     return [torch.cat(group) for group in groups.values()]
 
 
-def _sums(t: Tensor) -> Tensor:
-    """Sums of the bit patterns of entries, wrapping, over the rows and over the columns of a table of them.
-
-    Two tensors have the same if they are equal, and hardly else: two entries that are exchanged change places in a row
-    or in a column.
-    """
-    dense = t.is_contiguous() or t.is_contiguous(memory_format=torch.channels_last)
-    flat = t.detach().as_strided((t.numel(),), (1,)) if dense else t.detach().flatten()
-    width = 8 // flat.element_size()  # eight bytes at a time, where memory lets us
-    aligned = width > 0 and flat.storage_offset() % width == 0
-    words = flat[: len(flat) // width * width].view(torch.int64) if aligned else flat[:0].to(torch.int64)
-    rest = flat[len(words) * width :] if aligned else flat
-    parts = [rest.view(_BITS[rest.element_size()]).to(torch.int64)]
-    for size in (_BLOCKS * _PRIME, _PRIME):  # sums over blocks of rows are quicker than over all
-        if len(words) >= size:
-            table = words[: len(words) // size * size].reshape(size // _PRIME, -1, _PRIME)
-            parts += [table.sum(1).flatten(), table.sum(2).flatten()]
-            words = words[table.numel() :]
-    return torch.cat([*parts, words])
-
-
 def _spread(t: Tensor) -> Tensor:
     """Some entries: of a dense tensor spread over its memory, else the first ones."""
     count = min(_SAMPLED, t.numel())
@@ -133,17 +117,8 @@ def _spread(t: Tensor) -> Tensor:
     return t.flatten()[:count]
 
 
-def _sizes(grads: Sequence[Tensor]) -> list[Tensor]:
-    """The largest entry of each, in absolute terms: it is finite iff all are, and nothing overflows."""
-    groups: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-    for place, grad in enumerate(grads):
-        groups.setdefault((grad.device, grad.dtype), []).append(place)
-    found: dict[int, Tensor] = {}
-    for places in groups.values():
-        held = [in_use(grads[place]) for place in places]
-        largest = [t.abs().amax() for t in held] if held[0].is_complex() else torch._foreach_norm(held, math.inf)
-        found.update(zip(places, largest, strict=True))
-    return [found[place] for place in range(len(grads))]
+def _not_finite(names: list[str], prints: Arrival) -> list[str]:
+    return [names[row] for row in prints.wait()[0][:, 0].nonzero().flatten().tolist()]
 
 
 def _problem(name: str) -> str:

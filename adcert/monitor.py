@@ -20,7 +20,7 @@ from .assembly import Share, assemble
 from .certificate import Certificate, Verdict
 from .conclusion import conclude, failed
 from .errors import AdcertError, UncertifiedError
-from .gradients import Examination, Sample
+from .gradients import Examination
 from .lists import Rooms
 from .log import Log
 from .records import Recorder
@@ -195,7 +195,7 @@ class Step:
                     share.failures.extend([reason] if reason else [])
                 elif team is not None and team.parallel:
                     share.failures.extend(self._unaveraged(leaves.values()))
-                    share = replace(share, sample=Sample.of(leaves.values(), self._recorder.streams))
+                    share = replace(share, sample=self._examination.sample(leaves, self._recorder.streams))
         except Exception as error:  # the user's training goes on; the step is undecided, loudly
             share = Share([f"the analysis failed with {type(error).__name__}: {error}"], analysis.strict)
         now = time.perf_counter()
