@@ -72,8 +72,8 @@ class Plan:
                 return "DistributedDataParallel(mixed_precision=...) swaps the parameters in forward: not supported"
             if self.team is None:
                 continue
-            ignored = set(getattr(each, "parameters_to_ignore", ()))
-            for name, parameter in each.module.named_parameters():
+            ignored = getattr(each, "parameters_to_ignore", ())
+            for name, parameter in each.module.named_parameters() if ignored else ():
                 if parameter.requires_grad and name in ignored:
                     return f"DistributedDataParallel ignores {name}, whose gradient nobody averages: not supported"
             for hook, state in getattr(each, "_comm_hooks", ()):

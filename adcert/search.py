@@ -58,16 +58,13 @@ class Search:
             return Decision(None, None, None, str(error))
         return Decision(None, None, None, self.why)
 
+    def glance(self) -> Decision | None:
+        """What comparisons of single entries decide: no sum is rounded, so every machine gives the same answer."""
+        stages = (self.no_rows, self.zero_row, self.single_row, self.column)
+        return next((decision for decision in (stage() for stage in stages) if decision is not None), None)
+
     def stages(self) -> Iterator[Callable[[], Decision | None]]:
-        yield from (
-            self.no_rows,
-            self.zero_row,
-            self.single_row,
-            self.column,
-            self.warm_start,
-            self.opposite_rows,
-            self.few_rows,
-        )
+        yield from (self.glance, self.warm_start, self.opposite_rows, self.few_rows)
         self.scaled = Scaled.of(self.system, self.kept)
         yield from (self.sum_of_rows, self.independent_rows, self.widened, self.linear_program)
         if self.system.radius is not None:

@@ -16,8 +16,8 @@ from scipy.sparse.csgraph import connected_components
 from . import ops
 from .certificate import FREE, Block, Column
 from .differences import Part, RowSet, groups_of
-from .feasibility import Decision, Proof, check_direction, check_proof, decide
-from .wide import decide_wide, is_wide
+from .feasibility import Decision, Proof, check_direction, check_proof, decide, glance
+from .wide import decide_wide, glance_wide, is_wide
 
 _REMEMBERED = 32  # rows from which on a block's direction is worth keeping for the next step
 _BLOCKS = 256  # directions kept
@@ -103,8 +103,8 @@ def solve(system: System, short: bool = False, memory: Memory | None = None, tea
 
     Two (leaf, group) column sets belong to one block iff some row has entries in both: the system
     splits exactly along these blocks. ``short``: begin with the largest block and decide none after one is proved
-    empty; the others are only counted. ``memory``: of earlier steps. ``team``: shares the work; what the others answer
-    is checked here.
+    empty; the others are only counted. ``memory``: of earlier steps. ``team``: shares what no glance decides; what the
+    others answer is checked here.
     """
     offsets = _offsets(system)
     labels = _labels(system, offsets)
@@ -123,19 +123,28 @@ def solve(system: System, short: bool = False, memory: Memory | None = None, tea
         if memory is not None and cut.key:
             memory.keep(cut.key, block)
 
-    if team is None or not members:
+    if team is None:
         for number in range(len(members)):
             made = cut(number)
             keep(number, made, _answered(made, memory))
             if short and found[number].proof is not None:
                 break
     else:
-        answers = team.decide(len(members), lambda number: _answered(cut(number), memory), short)
-        for number, answer in sorted(answers.items()):
-            made = cut(number)
-            keep(number, made, _checked(made, answer))
+        held = {} if short else {number: cut(number) for number in range(len(members))}
+        for number, made in held.items():
+            seen = _glanced(made)  # what all processes answer alike need not travel
+            if seen is not None:
+                keep(number, made, seen)
+        left = [number for number in range(len(members)) if number not in found]
+
+        def share(k: int) -> _Cut:
+            return held[left[k]] if held else cut(left[k])
+
+        answers = team.decide(len(left), lambda k: _answered(share(k), memory), short) if left else {}
+        for k, answer in sorted(answers.items()):
+            keep(left[k], share(k), _checked(share(k), answer))
     rows = sum(len(found[k].rows) if k in found else len(block) for k, block in enumerate(members))
-    return Solved(list(found.values()), rows, len(members))
+    return Solved([found[number] for number in sorted(found)], rows, len(members))
 
 
 def count_blocks(system: System) -> tuple[int, int]:
@@ -276,6 +285,16 @@ def _reduced(
     names, subtracted = tuple(rules[i] for i in first), None if subtracted is None else subtracted[first]
     key = (system.layer, system.rank, *((column.parameter, int(column.indices[0])) for column in columns))
     return _Cut(columns, plus, subtracted, radius, names, key)
+
+
+def _glanced(cut: _Cut) -> Answer | None:
+    """The block's decision, if every machine makes the same one."""
+    if cut.reason:
+        return None, Decision(None, None, None, cut.reason)
+    if is_wide(*cut.plus.shape):
+        return glance_wide(cut.plus, cut.minus, cut.radius)
+    seen = glance(cut.plus, cut.minus, cut.radius)
+    return None if seen is None else (None, seen)
 
 
 def _answered(cut: _Cut, memory: Memory | None = None) -> Answer:

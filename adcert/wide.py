@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from adcert.answers import Decision, Proof
 from adcert.exact import Floats, Ints
-from adcert.feasibility import check_proof, decide
+from adcert.feasibility import check_proof, decide, glance
 
 WIDE = 2048  # columns, and
 _TIMES = 4  # as many columns as rows
@@ -45,6 +45,9 @@ def decide_wide(
     ([7, 4000], True)
     """
     deadline = time.monotonic() + seconds
+    seen = glance_wide(a, minus, radius)
+    if seen is not None:
+        return seen
     difference = a.astype(np.float64, copy=False) if minus is None else np.subtract(a, minus, dtype=np.float64)
     each, chosen = 1, _largest(difference, 1)
     while each <= _DEEPEST and 2 * len(chosen) < a.shape[1] and time.monotonic() < deadline:
@@ -63,6 +66,19 @@ def decide_wide(
         why = f"{len(chosen)} of {a.shape[1]} columns give neither a direction above every radius nor a proof"
         return chosen, Decision(None, None, None, why)
     return np.arange(a.shape[1]), decide(a, minus, radius, seconds=max(0.01, deadline - time.monotonic()))
+
+
+def glance_wide(a: Floats, minus: Floats | None = None, radius: Floats | None = None) -> tuple[Ints, Decision] | None:
+    """One column of one sign, the farthest from zero, if there is one; see :func:`adcert.feasibility.glance`."""
+    if a.shape[0] == 0:
+        return None
+    with np.errstate(over="ignore"):  # a difference that overflows is of its sign
+        difference = a.astype(np.float64, copy=False) if minus is None else np.subtract(a, minus, dtype=np.float64)
+        reach = np.zeros(1) if radius is None else radius.astype(np.float64, copy=False)
+        margin = np.maximum((difference - reach).min(axis=0), (-difference - reach).min(axis=0))
+    best = np.array([int(np.argmax(margin))], dtype=np.int64)
+    answer = glance(*_at(best, a, minus, radius)) if margin[best[0]] > 0 else None
+    return (best, answer) if answer is not None and answer.nonempty else None
 
 
 def _at(columns: Ints, *arrays: Floats | None) -> list[Any]:

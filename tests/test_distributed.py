@@ -746,7 +746,7 @@ def test_answers_of_others_are_checked() -> None:
 
     model = adcert.convert(nn.Sequential(nn.Linear(2, 1, bias=False), nn.ReLU()).double())
     nn.init.zeros_(model[0].weight)
-    (share,) = shares_of(model, [lambda: model(torch.tensor([[1.0, 2.0], [2.0, 1.0]]).double()).sum()])
+    (share,) = shares_of(model, [lambda: model(torch.tensor([[2.0, -1.0], [-1.0, 2.0]]).double()).sum()])
 
     class Liar:
         def __init__(self, answer: Any) -> None:
@@ -767,3 +767,39 @@ def test_answers_of_others_are_checked() -> None:
         found = conclude(assemble(share), None, Liar(answer))
         assert found.verdict is adcert.Verdict.UNDECIDED and "does not hold" in found.reasons[0]
     assert conclude(assemble(share), None, Liar(right)).verdict is adcert.Verdict.CERTIFIED
+
+
+class Nobody:
+    """A team that is asked for nothing."""
+
+    def decide(self, count: int, answer: Any, short: bool) -> Any:
+        raise AssertionError(f"{count} blocks were to travel")
+
+
+@pytest.mark.parametrize("samples", [[[1.0, 2.0]], [[1.0, 2.0], [2.0, -1.0]], [[1.0, 0.0]] * 200])
+def test_what_a_glance_decides_does_not_travel(samples: list[list[float]]) -> None:
+    model = adcert.convert(nn.Sequential(nn.Linear(2, 1, bias=False), nn.ReLU()).double())
+    nn.init.zeros_(model[0].weight)
+    (share,) = shares_of(model, [lambda: model(torch.tensor(samples).double()).sum()])
+    found, alone = conclude(assemble(share), None, Nobody()), conclude(assemble(share))
+    assert found.verdict is adcert.Verdict.CERTIFIED
+    assert found.blocks[0].direction == alone.blocks[0].direction
+
+
+def test_what_a_glance_leaves_is_shared_out() -> None:
+    """Two filters: one row of the first, rows (-2, 1) and (1, -2) of the second."""
+    model = adcert.convert(nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU()).double())
+    x = torch.tensor([[2.0, -1.0], [-1.0, 2.0]]).double()
+    with torch.no_grad():
+        model[0].weight.copy_(torch.tensor([[1.0, 2.0], [0.0, 0.0]]))  # 0 on the first sample, 3 on the second
+    (share,) = shares_of(model, [lambda: model(x).sum()])
+    asked = []
+
+    class One:
+        def decide(self, count: int, answer: Any, short: bool) -> Any:
+            asked.append(count)
+            return {number: answer(number) for number in range(count)}
+
+    found, alone = conclude(assemble(share), None, One()), conclude(assemble(share))
+    assert asked == [1] and found.verdict is adcert.Verdict.CERTIFIED
+    assert [block.direction for block in found.blocks] == [block.direction for block in alone.blocks]
