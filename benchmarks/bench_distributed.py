@@ -2,10 +2,12 @@
 
     python benchmarks/bench_distributed.py [vgg11 vgg11-bn resnet18]
 
-Prints, for every model, medians over the steps of the first rank: a plain DistributedDataParallel step, a certified one
-of which each rank certifies its own gradient (group="local"), and one certified together, in turn; ``exchange``, how
-long the worker threads take from their own share to everybody's (mostly waiting for the other rank), and ``work``, the
-processor time of it.
+Runs of a few steps, in turn: plain DistributedDataParallel, certified steps of which each rank certifies its own
+gradient (group="local"), the same again (so that the noise shows), and steps certified together. A run ends when every
+rank has all its verdicts. Prints, for every model: medians of the seconds of a step; quartiles of the ratios to the
+local runs beside them; of the steps certified together ``exchange``, how long the worker threads take from their own
+share to everybody's (mostly waiting for the other rank), and ``work``, the processor time of packing, sending, reading
+and merging.
 """
 
 from __future__ import annotations
@@ -15,6 +17,9 @@ import os
 import socket
 import sys
 import time
+from collections import Counter
+from contextlib import nullcontext
+from operator import truediv
 from statistics import median, quantiles
 from typing import Any
 
@@ -27,8 +32,8 @@ from training import Case, photos
 import adcert
 from adcert import distributed
 
-WARM_UP, STEPS, BATCH, RANKS = 3, 15, 128, 2
-WAYS = ("plain", "local", "together")
+WARM_UP, RUNS, STEPS, BATCH, RANKS = 1, 16, 4, 128, 2
+WAYS = ("plain", "local", "again", "together")
 
 
 def timed() -> list[float]:
@@ -47,59 +52,59 @@ def timed() -> list[float]:
 
 
 def trainer(model: str, way: str) -> tuple[Any, adcert.Monitor | None]:
+    """A function that does a run and returns the seconds of a step."""
     built = Case(model).build()
     parallel = DistributedDataParallel(built if way == "plain" else adcert.convert(built))
     optimizer = torch.optim.SGD(parallel.parameters(), 0.05, 0.9, weight_decay=1e-4)
-    group = "local" if way == "local" else None
-    monitor = None if way == "plain" else adcert.Monitor(parallel, group=group, keep=2 * STEPS)
+    group = None if way == "together" else "local"
+    monitor = None if way == "plain" else adcert.Monitor(parallel, group=group, keep=2 * RUNS * STEPS)
 
-    def step(x: torch.Tensor, y: torch.Tensor) -> float:
+    def run(x: torch.Tensor, y: torch.Tensor) -> float:
         dist.barrier()
         start = time.perf_counter()
-        optimizer.zero_grad()
-        if monitor is None:
-            nn.functional.cross_entropy(parallel(x), y).backward()
-        else:
-            with monitor.step():
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            with nullcontext() if monitor is None else monitor.step():
                 nn.functional.cross_entropy(parallel(x), y).backward()
-        optimizer.step()
+            optimizer.step()
         if monitor is not None:
             monitor.flush()  # all that is deferred counts
-        return time.perf_counter() - start
+        dist.barrier()
+        return (time.perf_counter() - start) / STEPS
 
-    return step, monitor
+    return run, monitor
 
 
 def measure(rank: int, port: int, model: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=RANKS)
     spent = timed()
-    steps = {way: trainer(model, way) for way in WAYS}
+    trainers = {way: trainer(model, way) for way in WAYS}
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    for number, batch in enumerate(photos(BATCH, WARM_UP + STEPS)):
+    for number, batch in enumerate(photos(BATCH, WARM_UP + RUNS)):
         x, y = (t.tensor_split(RANKS)[rank] for t in batch)
-        for way, (step, _) in steps.items():
-            taken = step(x, y)
+        first = number % len(WAYS)
+        for way in (*WAYS[first:], *WAYS[:first]):
+            taken = trainers[way][0](x, y)
             if number >= WARM_UP:
                 seconds[way].append(taken)
-    monitor = steps["together"][1]
+    monitor = trainers["together"][1]
     assert monitor is not None
     monitor.close()
     if rank == 0:
-        certificates = list(monitor.certificates)[WARM_UP:]
-        plain = median(seconds["plain"])
-        ratios = [a / b for a, b in zip(seconds["together"], seconds["local"], strict=True)]
-        work = median(spent[WARM_UP:])
+        certificates = list(monitor.certificates)[WARM_UP * STEPS :]
+        work = median(spent[WARM_UP * STEPS :])
         found = {
             "model": model,
-            "plain_s": round(plain, 4),
-            "local_s": round(median(seconds["local"]), 4),
-            "together_s": round(median(seconds["together"]), 4),
-            "together_over_local": [round(x, 3) for x in quantiles(ratios, n=4)],
+            "seconds": {way: round(median(taken), 4) for way, taken in seconds.items()},
+            "over_local": {
+                way: [round(x, 3) for x in quantiles(map(truediv, seconds[way], seconds["local"]), n=4)]
+                for way in ("again", "together")
+            },
             "exchange_s": round(median(c.seconds["exchange"] for c in certificates), 5),
             "work_s": round(work, 5),
-            "work_over_step": round(work / plain, 4),
-            "verdicts": sorted(str(c.verdict) for c in certificates),
+            "work_over_step": round(work / median(seconds["plain"]), 4),
+            "verdicts": Counter(str(c.verdict) for c in certificates),
         }
         print(json.dumps(found))
     dist.destroy_process_group()
