@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, TypeVar
 
 import flint
@@ -29,6 +29,14 @@ def sequence(data: Any, item: Callable[[Any], _Item]) -> tuple[_Item, ...]:
     return tuple(item(entry) for entry in data)
 
 
+def exactly(size: int, data: Any, item: Callable[[Any], _Item]) -> tuple[_Item, ...]:
+    """A list of so many such items."""
+    found = sequence(data, item)
+    if len(found) != size:
+        raise CertificateError(f"{size} items are needed, not {len(found)}")
+    return found
+
+
 def mapping(data: Any, item: Callable[[Any], _Item]) -> dict[str, _Item]:
     """A JSON object of such items."""
     if not isinstance(data, dict):
@@ -43,11 +51,34 @@ def text(data: Any) -> str:
     return data
 
 
+def texts(data: Any) -> list[str]:
+    """A list of strings."""
+    return list(sequence(data, text))
+
+
 def count(data: Any) -> int:
     """A nonnegative integer of at most 62 bits."""
     if not isinstance(data, int) or isinstance(data, bool) or not 0 <= data < 1 << 62:
         raise CertificateError("a nonnegative integer of at most 62 bits is needed")
     return data
+
+
+def less_than(limit: int) -> Callable[[Any], int]:
+    """A check for numbers of things of which there are ``limit``."""
+
+    def checked(data: Any) -> int:
+        if count(data) >= limit:
+            raise CertificateError("a number that is out of range")
+        return int(data)
+
+    return checked
+
+
+def one_of(names: Container[str], data: Any) -> str:
+    """One of these names."""
+    if text(data) not in names:
+        raise CertificateError(f"unknown name {data!r}")
+    return str(data)
 
 
 def flag(data: Any) -> bool:

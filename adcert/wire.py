@@ -7,115 +7,50 @@ beyond the bytes that have arrived.
 from __future__ import annotations
 
 import json
-import struct
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from fractions import Fraction
-from functools import lru_cache
 from math import prod
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from . import ops
 from .answers import Decision
-from .assembly import Seen, Share
+from .assembly import Share
 from .between import Classes, Free
-from .certificate import BIASES, FREE, RULES, Block, Column
+from .certificate import FREE, RULES, Block, Column
 from .conclusion import Known, Tally
-from .coverage import Added, Facts, Kink
 from .differences import Part, RowSet, groups_of
 from .errors import CertificateError
 from .feasibility import check_proof
-from .fields import count, digits, flag, integer, keys, mapping, proof, proof_fields, refuse, sequence, text
+from .fields import (
+    count,
+    digits,
+    exactly,
+    flag,
+    integer,
+    keys,
+    less_than,
+    mapping,
+    one_of,
+    proof,
+    proof_fields,
+    sequence,
+    text,
+    texts,
+)
 from .findings import Findings
 from .joint import Joint
+from .message import FLOATS, Reader, Writer
+from .structure import read_structure, structure_fields
 from .systems import Answer
 
-_LENGTH = struct.Struct("<Q")
-_DTYPES = {
-    "f2": torch.float16,
-    "b2": torch.bfloat16,
-    "f4": torch.float32,
-    "f8": torch.float64,
-    "i4": torch.int32,
-    "i8": torch.int64,
-}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_FLOATS = ("f2", "b2", "f4", "f8")
-_SEEN = "name own upstream bias facts"
-_STRUCTURE = "leaves seen split shapes foreign"
 _TALLY = "windows ties touches differing unlisted"
 _SHARE = """structure failures strict mixed outside unsettled problem found sets rowsets free joint empty assumptions
     prints sample"""
-
-
-class Writer:
-    """Collects arrays; :meth:`bytes` puts a JSON document in front of them."""
-
-    def __init__(self) -> None:
-        self._parts: list[bytes] = []
-
-    def put(self, t: Tensor) -> list[Any]:
-        """What the document says of an array: its dtype and shape."""
-        if t.dtype == torch.int64 and (not t.numel() or (int(t.min()) >= -(1 << 31) and int(t.max()) < 1 << 31)):
-            t = t.to(torch.int32)
-        self._parts.append(t.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
-        return [_CODES[t.dtype], list(t.shape)]
-
-    def bytes(self, document: Any) -> bytes:
-        """The whole message."""
-        head = json.dumps(document, allow_nan=False, separators=(",", ":")).encode()
-        return b"".join([_LENGTH.pack(len(head)), head, *self._parts])
-
-
-class Reader:
-    """The document of a message, and its arrays in the order in which they were put."""
-
-    def __init__(self, message: bytes) -> None:
-        size = _LENGTH.unpack_from(message)[0] if len(message) >= _LENGTH.size else len(message)
-        self._next = _LENGTH.size + size
-        if self._next > len(message):
-            raise CertificateError("a message that is shorter than it says")
-        self.document = _parsed(message[_LENGTH.size : self._next])
-        self._message = message
-
-    def take(self, data: Any, dimensions: int, codes: Sequence[str]) -> Tensor:
-        """The next array."""
-        code, shape = sequence(data, lambda item: item) if isinstance(data, list) and len(data) == 2 else ("", [])
-        sizes = sequence(shape, count)
-        if code not in codes or len(sizes) != dimensions:
-            raise CertificateError(f"an array of {code!r} {sizes} where {dimensions} dimensions of {codes} belong")
-        dtype = _DTYPES[code]
-        length = prod(sizes) * dtype.itemsize
-        if length > len(self._message) - self._next:
-            raise CertificateError("an array that is longer than its message")
-        raw = bytearray(self._message[self._next : self._next + length])
-        self._next += length
-        found = torch.frombuffer(raw, dtype=dtype) if length else torch.zeros(0, dtype=dtype)
-        return found.reshape(sizes)
-
-    def indices(self, data: Any, below: int, least: int = 0) -> Tensor:
-        """int64 [n] with entries from ``least`` up to, not including, ``below``."""
-        found = self.take(data, 1, ("i4", "i8")).to(torch.int64)
-        if found.numel() and not (int(found.min()) >= least and int(found.max()) < below):
-            raise CertificateError("an index that is out of range")
-        return found
-
-    def end(self) -> None:
-        """Nothing may be left."""
-        if self._next != len(self._message):
-            raise CertificateError("bytes that no array needs")
-
-
-def _parsed(document: str | bytes) -> Any:
-    try:
-        return json.loads(document, parse_constant=refuse)
-    except (ValueError, RecursionError) as error:
-        raise CertificateError(f"a message that is no JSON document: {error}") from error
 
 
 def pack(share: Share) -> bytes:
@@ -129,7 +64,7 @@ def pack(share: Share) -> bytes:
         return [place[id(rowset)] for rowset in rowsets]
 
     document = {
-        "structure": json.dumps(_structure_fields(share), allow_nan=False, separators=(",", ":")),
+        "structure": json.dumps(structure_fields(share), allow_nan=False, separators=(",", ":")),
         "failures": [*share.failures, *late],
         "strict": share.strict,
         "mixed": share.mixed,
@@ -186,12 +121,12 @@ def unpack(message: bytes) -> Share:
     reader = Reader(message)
     data = reader.document
     keys(data, _SHARE, "share")
-    structure = _structure(text(data["structure"]))
+    structure = read_structure(text(data["structure"]))
     shapes = structure.shapes
-    found = _exactly(len(structure.seen), data["found"], _tally)
+    found = exactly(len(structure.seen), data["found"], _tally)
     seen = tuple(replace(each, found=tally) for each, tally in zip(structure.seen, found, strict=True))
     sets = [_rowset(reader, item, shapes) for item in sequence(data["sets"], lambda item: item)]
-    which = _below(len(sets))
+    which = less_than(len(sets))
 
     def at(numbers: Any) -> list[RowSet]:
         return [sets[k] for k in sequence(numbers, which)]
@@ -199,15 +134,15 @@ def unpack(message: bytes) -> Share:
     free = [_free(reader, item, shapes, at) for item in sequence(data["free"], lambda item: item)]
     keys(data["joint"], "rowsets doubts missing", "joint system")
     joint = Joint(
-        at(data["joint"]["rowsets"]), _texts(data["joint"]["doubts"]), text(data["joint"]["missing"])
+        at(data["joint"]["rowsets"]), texts(data["joint"]["doubts"]), text(data["joint"]["missing"])
     )
     empty = [_empty(reader, item, shapes) for item in sequence(data["empty"], lambda item: item)]
     share = Share(
-        failures=_texts(data["failures"]),
+        failures=texts(data["failures"]),
         strict=flag(data["strict"]),
-        mixed=_texts(data["mixed"]),
-        outside=_texts(data["outside"]),
-        unsettled=_texts(data["unsettled"]),
+        mixed=texts(data["mixed"]),
+        outside=texts(data["outside"]),
+        unsettled=texts(data["unsettled"]),
         problem=text(data["problem"]),
         seen=seen,
         split=structure.split,
@@ -217,7 +152,7 @@ def unpack(message: bytes) -> Share:
         empty=empty,
         shapes=shapes,
         foreign=structure.foreign,
-        assumptions=tuple(_texts(data["assumptions"])),
+        assumptions=tuple(texts(data["assumptions"])),
         prints={name: Known(digest) for name, digest in mapping(data["prints"], text).items()},
         sample=Known(text(data["sample"])) if data["sample"] else None,
     )
@@ -302,16 +237,16 @@ def _rowset(reader: Reader, data: Any, shapes: dict[str, tuple[int, ...]]) -> Ro
     keys(data, "op rule count below parts", "set of rows")
     rows = count(data["count"])
     parts = tuple(_part(reader, item, rows, shapes) for item in sequence(data["parts"], lambda item: item))
-    return RowSet(text(data["op"]), _one_of(RULES, data["rule"]), rows, parts, frozenset(_texts(data["below"])))
+    return RowSet(text(data["op"]), one_of(RULES, data["rule"]), rows, parts, frozenset(texts(data["below"])))
 
 
 def _part(reader: Reader, data: Any, rows: int, shapes: dict[str, tuple[int, ...]]) -> Part:
     keys(data, "leaf owner group plus minus scaled radius", "part")
-    leaf = _one_of(shapes, data["leaf"])
+    leaf = one_of(shapes, data["leaf"])
     groups, width = groups_of(shapes[leaf])
     owner, group = reader.indices(data["owner"], rows), reader.indices(data["group"], groups)
-    plus, minus = (reader.take(data[side], 2, _FLOATS) for side in ("plus", "minus"))
-    radius = None if data["radius"] is None else reader.take(data["radius"], 2, _FLOATS)
+    plus, minus = (reader.take(data[side], 2, FLOATS) for side in ("plus", "minus"))
+    radius = None if data["radius"] is None else reader.take(data["radius"], 2, FLOATS)
     shape = (len(owner), width)
     if len(group) != len(owner) or any(t is not None and t.shape != shape for t in (plus, minus, radius)):
         raise CertificateError("the arrays of a part differ in shape")
@@ -325,12 +260,12 @@ def _free(
     classes = []
     for item in sequence(data["classes"], lambda item: item):
         keys(item, "op leaf groups weight below", "class")
-        leaf = _one_of(shapes, item["leaf"])
+        leaf = one_of(shapes, item["leaf"])
         groups = reader.indices(item["groups"], prod(shapes[leaf]))
         weight = sequence(item["weight"], integer)
         if len(weight) != 2 or weight[1] < 1:
             raise CertificateError("a weight is a fraction")
-        below = frozenset(_texts(item["below"]))
+        below = frozenset(texts(item["below"]))
         classes.append(Classes(text(item["op"]), leaf, groups, Fraction(*weight), below))
     return Free(classes, at(data["rowsets"]))
 
@@ -349,57 +284,22 @@ def _block_fields(writer: Writer, block: Block) -> dict[str, Any]:
 def _empty(reader: Reader, data: Any, shapes: dict[str, tuple[int, ...]]) -> tuple[str, Block]:
     """A block that is proved empty, and a leaf of it. The proof is checked: nobody does so later."""
     keys(data, "leaf block", "empty block")
-    leaf, block = _one_of(shapes, data["leaf"]), data["block"]
+    leaf, block = one_of(shapes, data["leaf"]), data["block"]
     keys(block, "columns rows minus rules proof reason", "block")
     columns = []
     for item in sequence(block["columns"], lambda item: item):
         name, indices = sequence(item, lambda part: part) if isinstance(item, list) and len(item) == 2 else ("", [])
-        name = _one_of(shapes, name)
+        name = one_of(shapes, name)
         columns.append(Column(name, reader.indices(indices, prod(shapes[name])).numpy()))
     rows = reader.take(block["rows"], 2, ("f8",)).numpy()
     minus = None if block["minus"] is None else reader.take(block["minus"], 2, ("f8",)).numpy()
-    rules = tuple(_one_of(RULES, rule) for rule in sequence(block["rules"], text))
+    rules = tuple(one_of(RULES, rule) for rule in sequence(block["rules"], text))
     gordan = proof(block["proof"])
     width = sum(len(column.indices) for column in columns)
     fits = rows.shape == (len(rules), width) and (minus is None or minus.shape == rows.shape) and FREE not in rules
     if not fits or gordan is None or not check_proof(rows, gordan, minus):
         raise CertificateError("a block that is said to be empty has no proof of it")
     return leaf, Block("", 1, tuple(columns), rows, minus, None, rules, None, gordan, text(block["reason"]))
-
-
-def _facts_fields(facts: Facts) -> dict[str, Any]:
-    return {
-        "kinks": [[*(float(x).hex() for x in (k.at, k.below, k.above, k.proxy)), k.side] for k in facts.kinks],
-        "pooled": facts.pooled,
-        "bias": None if facts.bias is None else [facts.bias.leaf, facts.bias.kind],
-        "single": facts.single,
-        "mixed": facts.mixed,
-        "even": facts.even,
-        "matrix": None if facts.matrix is None else list(facts.matrix),
-    }
-
-
-def _facts(name: str, data: Any) -> Facts:
-    keys(data, "kinks pooled bias single mixed even matrix", "set of facts")
-    kinks = tuple(_kink(item) for item in sequence(data["kinks"], lambda item: item))
-    bias = None if data["bias"] is None else Added(*_exactly(2, data["bias"], text))
-    matrix = None
-    if data["matrix"] is not None:
-        leaf, rows, features = _exactly(3, data["matrix"], lambda item: item)
-        matrix = text(leaf), count(rows), count(features)
-    flags = {key: flag(data[key]) for key in ("single", "mixed", "even")}
-    return Facts(name, kinks, flag(data["pooled"]), bias, **flags, matrix=matrix)
-
-
-def _kink(data: Any) -> Kink:
-    *numbers, side = _exactly(5, data, lambda item: item)
-    if side not in (-1, 0, 1) or isinstance(side, bool):
-        raise CertificateError("a side is -1, 0 or 1")
-    try:
-        at, below, above, proxy = (float.fromhex(text(number)) for number in numbers)
-    except (ValueError, OverflowError) as error:
-        raise CertificateError(f"a number is needed: {error}") from error
-    return Kink(at, below, above, proxy, side)
 
 
 def _tally_fields(found: Findings | Tally) -> list[Any]:
@@ -409,58 +309,9 @@ def _tally_fields(found: Findings | Tally) -> list[Any]:
 def _tally(data: Any) -> Tally | None:
     if data is None:
         return None
-    *numbers, exemptions = _exactly(6, data, lambda item: item)
+    *numbers, exemptions = exactly(6, data, lambda item: item)
     windows, ties, touches, differing, unlisted = (count(number) for number in numbers)
     return Tally(windows, ties, touches, differing, unlisted, Counter(mapping(exemptions, count)))
-
-
-def _structure_fields(share: Share) -> dict[str, Any]:
-    """What mostly stays the same from step to step."""
-    names = {*share.shapes, *(leaf for each in share.seen for leaf in each.own | each.upstream)}
-    leaves = {leaf: number for number, leaf in enumerate(sorted(names))}
-    return {
-        "leaves": list(leaves),
-        "seen": [
-            {
-                "name": each.name,
-                "own": sorted(leaves[leaf] for leaf in each.own),
-                "upstream": sorted(leaves[leaf] for leaf in each.upstream),
-                "bias": each.bias,
-                "facts": None if each.facts is None else _facts_fields(each.facts),
-            }
-            for each in share.seen
-        ],
-        "split": share.split,
-        "shapes": {leaf: list(shape) for leaf, shape in share.shapes.items()},
-        "foreign": sorted(share.foreign),
-    }
-
-
-@lru_cache(maxsize=32)
-def _structure(written: str) -> Share:
-    """A share with this structure and nothing else; nobody alters it."""
-    data = _parsed(written)
-    keys(data, _STRUCTURE, "structure")
-    leaves = sequence(data["leaves"], text)
-
-    def named(numbers: Any) -> frozenset[str]:
-        return frozenset(leaves[k] for k in sequence(numbers, _below(len(leaves))))
-
-    return Share(
-        failures=[],
-        strict=False,
-        seen=tuple(_seen(each, named) for each in sequence(data["seen"], lambda item: item)),
-        split=mapping(data["split"], _below(2)),
-        shapes=mapping(data["shapes"], lambda shape: sequence(shape, count)),
-        foreign=frozenset(_texts(data["foreign"])),
-    )
-
-
-def _seen(data: Any, named: Callable[[Any], frozenset[str]]) -> Seen:
-    keys(data, _SEEN, "record")
-    name = text(data["name"])
-    facts = None if data["facts"] is None else _facts(name, data["facts"])
-    return Seen(name, named(data["own"]), named(data["upstream"]), _one_of(BIASES, data["bias"]), facts)
 
 
 def _consistent(share: Share) -> None:
@@ -470,29 +321,3 @@ def _consistent(share: Share) -> None:
     for op, below in rows + [(item.op, item.below) for free in share.free for item in free.classes]:
         if op not in ops_seen or not below <= leaves:
             raise CertificateError(f"rows of {op!r} where no such operation, or no such leaf below it, was recorded")
-
-
-def _texts(data: Any) -> list[str]:
-    return list(sequence(data, text))
-
-
-def _exactly(size: int, data: Any, item: Callable[[Any], Any]) -> tuple[Any, ...]:
-    found = sequence(data, item)
-    if len(found) != size:
-        raise CertificateError(f"{size} items are needed, not {len(found)}")
-    return found
-
-
-def _below(limit: int) -> Callable[[Any], int]:
-    def checked(data: Any) -> int:
-        if count(data) >= limit:
-            raise CertificateError("a number that is out of range")
-        return int(data)
-
-    return checked
-
-
-def _one_of(names: Any, data: Any) -> str:
-    if text(data) not in names:
-        raise CertificateError(f"unknown name {data!r}")
-    return str(data)

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from .. import convert, data, models
 from ..certificate import Verdict
 from ..errors import AdcertError
-from ..monitor import Monitor, Step
+from ..monitor import Monitor
+from ..step import Step
 from ._checkpoint import Training
 from ._ranks import Ranks
 

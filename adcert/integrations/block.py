@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from contextlib import AbstractContextManager
 
-from ..monitor import Monitor, Step
+from ..monitor import Monitor
+from ..step import Step
 
 
 class Block:

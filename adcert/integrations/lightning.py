@@ -6,7 +6,8 @@ import sys
 from typing import Any
 
 from ..errors import AdcertError
-from ..monitor import Monitor, Step
+from ..monitor import Monitor
+from ..step import Step
 from .block import Block
 from .scalars import Scalars
 

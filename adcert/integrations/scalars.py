@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-from ..monitor import Monitor, Step
+from ..monitor import Monitor
+from ..step import Step
 from ..totals import COUNTS, VERDICTS
 
 

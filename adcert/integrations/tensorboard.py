@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from ..monitor import Monitor, Step
+from ..monitor import Monitor
+from ..step import Step
 from .scalars import Scalars
 
 
