@@ -15,7 +15,9 @@ from torch.autograd.function import FunctionCtx
 from . import activations, ops
 from .activations import Activation
 from .layers import Graph, kind_of
-from .records import Node, OpRecord, Recorder
+from .nodes import Node
+from .recorder import Recorder
+from .records import OpRecord
 
 
 def _clamp(low: float | None, high: float | None) -> Activation | None:

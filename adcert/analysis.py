@@ -32,9 +32,10 @@ from .idle import LIGHT, felt
 from .joint import ENTRIES, Joint, by_rank
 from .layers import Graph, Leaves, Order, Tau, order_layers, upstream_records
 from .lists import Coming
+from .nodes import Node
 from .partial import finish, give_up
 from .ranks import rank_leaves
-from .records import Node, OpRecord
+from .records import OpRecord
 from .systems import System, contradiction, solve
 from .ties import exact_rows
 from .transfer import Batch

@@ -13,8 +13,8 @@ from torch.nn.parallel import distributed
 
 from .guards import GUARDED
 from .layers import ACCUMULATE, Graph
+from .nodes import Node
 from .recomputed import DroppedError
-from .records import Node
 from .smooth import ANALYTIC, SEVERAL
 from .watch import Watch
 

@@ -21,8 +21,8 @@ from .balls import Ball
 from .differences import Differences
 from .layers import ACCUMULATE, Graph, complex_at, kind_of, shape_of
 from .movement import PERMUTATIONS, permutation
+from .nodes import Node
 from .normalization import BATCH_NORM
-from .records import Node
 from .rules import NUMBERED, RULES
 from .slices import Slices, concatenate, padded, reduced, seeds, through_record, through_slopes
 from .vjp import Sink, Unsupported

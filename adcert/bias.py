@@ -13,8 +13,9 @@ from torch import Tensor
 from .differences import broadcast_index
 from .layers import Graph, kind_of, shape_of
 from .movement import PERMUTATIONS, permutation
+from .nodes import Node
 from .normalization import BATCH_NORM
-from .records import Node, OpRecord
+from .records import OpRecord
 from .rows import SAME_UNITS, alpha_of
 
 

@@ -26,7 +26,8 @@ from .choices import Choice, Ties
 from .differences import Differences
 from .feasibility import check_direction
 from .layers import Graph, kind_of, shape_of, upstream_records
-from .records import Node, OpRecord
+from .nodes import Node
+from .records import OpRecord
 from .slices import Slices, from_dense, padded, reduced, scattered, through_record, through_slopes, to_dense
 from .transfer import host, take
 

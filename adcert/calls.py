@@ -19,7 +19,7 @@ from . import activations, choices, recurrent
 from .activations import Activation
 from .choices import Choice, Window
 from .recomputed import dropping
-from .records import Recorder, recordable
+from .recorder import Recorder, recordable
 
 Arguments = dict[str, Any]
 Rho = Callable[[Arguments], Activation | None]  # None: no kink that the theory knows how to take

@@ -27,8 +27,8 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 
-from . import records
 from .captured import Region
+from .recorder import active
 from .substitution import Replay
 
 
@@ -45,7 +45,7 @@ def backend(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., 
 
     def run(*args: Any) -> Any:
         nonlocal compiled
-        recorder = records.active()
+        recorder = active()
         tensors = [given for given in args if isinstance(given, Tensor)]
         with torch._C.DisableTorchFunction():
             if region.outgrown:

@@ -24,7 +24,8 @@ import torch
 from .bias import Bias
 from .choices import Ties
 from .layers import Graph, Order, R, kind_of, shape_of
-from .records import Node, OpRecord
+from .nodes import Node
+from .records import OpRecord
 from .rows import SAME_UNITS
 
 STATIC = ("Theorem 1", "Theorem 4", "Theorem 6")  # no work at run time

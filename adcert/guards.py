@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .layers import shape_of
 from .movement import readers, signed, sources
-from .records import Node
+from .nodes import Node
 from .transfer import through
 
 Answer = bool | Tensor  # of a device: a flag that nobody has waited for yet

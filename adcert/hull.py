@@ -20,7 +20,7 @@ from .certificate import Block, Column, Combination
 from .errors import AdcertError
 from .feasibility import Proof, decide
 from .layers import Graph, shape_of
-from .records import Node
+from .nodes import Node
 
 DECISIONS = 256  # touches and tied windows of a graph that is tried
 ENTRIES = 100_000  # decisions x trainable parameters of it

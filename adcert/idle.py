@@ -17,7 +17,8 @@ from torch import Tensor
 from .backward import Pass, Unsupported
 from .balls import Ball
 from .layers import Graph, shape_of
-from .records import Node, OpRecord
+from .nodes import Node
+from .records import OpRecord
 from .relevance import felt_inputs
 from .slices import Slices, concatenate, from_dense, padded
 from .vjp import Sink

@@ -15,9 +15,9 @@ from typing import Any, Generic, Protocol, TypeVar
 import torch
 from torch import Tensor
 
+from .nodes import Edge, Links, Node, linked
 from .recomputed import Dropped
-from .records import COPY_SLICES as COPY_SLICES
-from .records import Edge, Links, Node, OpRecord, linked
+from .records import OpRecord
 
 ACCUMULATE = "torch::autograd::AccumulateGrad"
 
@@ -95,7 +95,7 @@ class Graph:
     """The graph below some roots: nodes in topological order (consumers first), consumers, records by node.
 
     ``edges``: ``node.next_functions``, which autograd makes anew each time it is asked, along ``links`` (of a
-    :class:`~adcert.records.Recorder`). ``felt``: of every record the outputs that the loss may feel
+    :class:`~adcert.recorder.Recorder`). ``felt``: of every record the outputs that the loss may feel
     (:mod:`adcert.idle`), if that was asked. ``dropped``: nodes whose saved tensors a checkpoint computes again.
     """
 

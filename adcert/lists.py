@@ -17,7 +17,8 @@ from .choices import Ties
 from .transfer import Arrival, Batch, follow
 
 if TYPE_CHECKING:
-    from .records import OpRecord, Recorder
+    from .recorder import Recorder
+    from .records import OpRecord
 
 LEAST = 1024  # entries
 

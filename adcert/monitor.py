@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import distributed, records, state
+from . import distributed, state
+from . import recorder as records
 from .analysis import StepAnalysis
 from .assembly import Share, assemble
 from .certificate import Certificate, Verdict
@@ -21,7 +22,7 @@ from .conclusion import conclude, failed
 from .errors import AdcertError, UncertifiedError
 from .lists import Rooms
 from .log import Log
-from .records import Recorder
+from .recorder import Recorder
 from .sampling import count_drawn, drawn
 from .step import Step
 from .systems import Memory

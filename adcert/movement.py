@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .layers import COPY_SLICES, kind_of, shape_of
-from .records import Node
+from .layers import kind_of, shape_of
+from .nodes import COPY_SLICES, Node
 from .transfer import through
 
 #: Every unit of the output is at most one of the input, and every unit of the input becomes at most one.

@@ -12,7 +12,7 @@ from torch import Tensor
 from .balls import Ball
 from .enclosures import inverse_root
 from .layers import kind_of
-from .records import Node
+from .nodes import Node
 from .transfer import host, pick
 
 #: Batch normalisation's nodes, and where each keeps its eps: cuDNN's has other names for the same mathematics.

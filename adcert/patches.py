@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .differences import Boundary, Differences, Part, unique_pairs
 from .layers import kind_of, shape_of, spacing
-from .records import Node
+from .nodes import Node
 from .transfer import take
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from . import records
 from .adopted import adopt
 from .certificate import FREE
 from .compiled import uncompiled
@@ -23,7 +22,7 @@ from .conclusion import Prints
 from .errors import AdcertError
 from .layers import Graph, Leaves
 from .lists import Coming
-from .records import Recorder
+from .recorder import Recorder, recording
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -146,7 +145,7 @@ def _prints(closure: Callable[[], Tensor], model: torch.nn.Module, devices: list
     """Fingerprints of the float64 evaluation at w."""
     recorder = Recorder({id(module): name for name, module in model.named_modules()})
     watch = Watch(recorder, lambda roots, inputs, keep: None)
-    with torch.random.fork_rng(devices, device_type="cuda"), records.recording(recorder), watch, _Double():
+    with torch.random.fork_rng(devices, device_type="cuda"), recording(recorder), watch, _Double():
         loss = closure()
     Coming(recorder).wait()
     graph = Graph([loss.grad_fn], recorder.records, Leaves(model))

@@ -21,9 +21,9 @@ from . import patches
 from .differences import Boundary, Differences, Expansion, Part, broadcast_index, unit_parts
 from .layers import Graph, complex_at, kind_of, shape_of
 from .movement import MOVES, PARTS, SOURCES, readers, sources
+from .nodes import Node
 from .normalization import BATCH_NORM
 from .recomputed import DroppedError
-from .records import Node
 from .transfer import take
 
 # Views, copies and casts: the logical order of the units stays.

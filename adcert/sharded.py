@@ -21,7 +21,7 @@ from torch import Tensor
 
 from .gradients import Sample, sampled
 from .layers import ACCUMULATE, Leaves
-from .records import Links, Node
+from .nodes import Links, Node
 from .transfer import Arrival, follow
 from .watch import Watch
 

@@ -15,8 +15,9 @@ from torch import Tensor
 from . import ops
 from .choices import Ties, Window
 from .layers import Graph, kind_of, shape_of, spacing
+from .nodes import Node
 from .normalization import BATCH_NORM
-from .records import Node, OpRecord
+from .records import OpRecord
 from .rows import SAME_UNITS
 
 

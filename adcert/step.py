@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import compiled, distributed, records
+from . import compiled, distributed
+from . import recorder as records
 from .analysis import StepAnalysis
 from .assembly import Share
 from .certificate import Certificate
 from .errors import AdcertError
 from .gradients import Examination
-from .records import Recorder
+from .recorder import Recorder
 from .sharded import Shards
 from .totals import COUNTS
 from .watch import Watch

@@ -21,8 +21,9 @@ from torch.utils._pytree import tree_map
 from . import calls, ops
 from .captured import Overflow, Refused, Region, Site, function_of, unrecorded
 from .errors import AdcertError
+from .nodes import linked
 from .recomputed import dropping
-from .records import Recorder, linked
+from .recorder import Recorder
 
 _VIEWS = """view _unsafe_view reshape _reshape_alias expand permute transpose t squeeze unsqueeze slice select split
     split_with_sizes unbind alias detach"""

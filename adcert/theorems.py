@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import records
 from .activations import Activation
 from .audit import audit_graph
 from .bias import bias_of, partly_biased
@@ -23,7 +22,8 @@ from .coverage import STATIC, Facts, Failure, Kink, claim_of, facts_of, failing,
 from .errors import AdcertError
 from .guards import KINKS
 from .layers import Graph, Leaves, Order, kind_of, order_layers
-from .records import OpRecord, Recorder
+from .recorder import Recorder, recording, running
+from .records import OpRecord
 from .watch import Watch
 
 ALWAYS, PER_STEP, NO = "always", "per step", "no"
@@ -183,7 +183,7 @@ def _look(model: torch.nn.Module, example: Any, loss: Callable[[Any], Tensor] | 
     """The recorded graph of one forward pass of a converted copy; the model and the random state stay as they are."""
     if not isinstance(model, torch.nn.Module):
         raise AdcertError(f"analyze needs a torch.nn.Module, got {type(model).__name__}")
-    if records.running():
+    if running():
         raise AdcertError("a monitored step is running on this thread: analyze before it, or after")
     try:
         clone = copy.deepcopy(model)
@@ -198,7 +198,7 @@ def _look(model: torch.nn.Module, example: Any, loss: Callable[[Any], Tensor] | 
         with (
             torch.random.fork_rng(devices, device_type="cuda"),
             torch.enable_grad(),
-            records.recording(recorder),
+            recording(recorder),
             watch,
         ):
             output = clone(*args, **kwargs)

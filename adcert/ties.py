@@ -12,8 +12,9 @@ from .balls import SLACK, TINY, UNIT, gamma
 from .choices import Ties
 from .differences import Differences, Part, RowSet
 from .findings import Bulk, Findings, Pending, Scope
+from .nodes import Node
 from .normalization import eps_of
-from .records import Node, OpRecord
+from .records import OpRecord
 from .stages import Stages, axes_of
 from .transfer import Arrival, in_use, pick, take
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .balls import Ball
 from .layers import kind_of, shape_of
-from .records import Node
+from .nodes import Node
 from .rows import alpha_of
 from .slices import Slices, from_dense, padded, reduced, reshaped
 from .transfer import pick, through

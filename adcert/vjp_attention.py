@@ -13,7 +13,7 @@ from .balls import SLACK, Ball, matmul
 from .enclosures import reciprocal
 from .layers import kind_of
 from .movement import signed
-from .records import Node
+from .nodes import Node
 from .slices import Slices, from_dense, to_dense
 from .transfer import pick
 from .vjp import Rule, Unsupported, by_sample, needed, rows_at, saved, send

@@ -12,7 +12,7 @@ from .balls import UNIT, Ball
 from .guards import KINKS
 from .layers import kind_of
 from .movement import signed
-from .records import Node
+from .nodes import Node
 from .slices import Slices, to_dense
 from .transfer import host
 from .vjp import Rule, Unsupported, needed, rows_at, saved, send, send_dense, send_reduced, times, wide

@@ -9,7 +9,7 @@ import torch
 from .balls import Ball
 from .enclosures import constant, reciprocal
 from .layers import shape_of
-from .records import Node
+from .nodes import Node
 from .slices import Slices, from_dense, padded, to_dense
 from .transfer import pick
 from .vjp import Rule, Unsupported, needed, saved, send_dense, send_reduced, times

@@ -15,7 +15,7 @@ from . import balls
 from .balls import SLACK, UNIT, Ball
 from .layers import kind_of, shape_of
 from .movement import MOVES, PARTS, PERMUTATIONS, SOURCES, permutation, readers, signed, sources
-from .records import Node
+from .nodes import Node
 from .slices import Slices, padded, to_dense
 from .vjp import Rule, Unsupported, needed, saved, send, send_dense
 

@@ -13,8 +13,8 @@ from .balls import Ball
 from .enclosures import inverse_root
 from .layers import kind_of, shape_of
 from .movement import signed
+from .nodes import Node
 from .normalization import groups_of
-from .records import Node
 from .slices import Slices, from_dense, padded, to_dense
 from .transfer import host, take
 from .vjp import NumberedRule, Rule, Sink, Unsupported, add_rows, needed, saved, send, send_dense

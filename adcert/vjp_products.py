@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from . import balls
 from .balls import Ball
 from .layers import kind_of, shape_of, spacing
-from .records import Node
+from .nodes import Node
 from .slices import Slices, to_dense
 from .transfer import host, pick
 from .vjp import (

@@ -25,9 +25,10 @@ from torch.utils._device import DeviceContext
 from .calls import record
 from .functions import named, opaque, plain, writes_analytically
 from .guards import finite
-from .layers import ACCUMULATE, COPY_SLICES
+from .layers import ACCUMULATE
+from .nodes import COPY_SLICES, Node
 from .recomputed import checkpointing, dropping, same_numbers
-from .records import Node, Recorder, transformed
+from .recorder import Recorder, transformed
 from .smooth import ANALYTIC
 
 # Their results depend on shapes, types and devices only, never on values.
@@ -697,7 +698,7 @@ def version_of(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-_ROOMS = "calls compiled monitor records replay substitution watch"
+_ROOMS = "calls compiled monitor recorder replay step substitution watch"
 _OURS = frozenset(f"adcert.{room}" for room in _ROOMS.split())
 
 

@@ -8,21 +8,22 @@ import pytest
 import torch
 from torch import nn
 
-from adcert import backward, records
+from adcert import backward
 from adcert.choices import Window
 from adcert.differences import Differences
 from adcert.layers import Graph, Leaves
-from adcert.records import Recorder
+from adcert.recorder import Recorder, recording
+from adcert.records import OpRecord
 
 
-def network() -> tuple[nn.Module, Graph, records.OpRecord, torch.Tensor]:
+def network() -> tuple[nn.Module, Graph, OpRecord, torch.Tensor]:
     """Two convolutions over 32x32 images, batch 128; the record is the second one's pooling."""
     torch.manual_seed(0)
     model = nn.ModuleList([nn.Conv2d(3, 32, 3, padding=1), nn.Conv2d(32, 64, 3, padding=1)])
     x = torch.rand(128, 3, 32, 32)
     recorder = Recorder()
     window = Window((2, 2), (2, 2), (0, 0), (1, 1))
-    with records.recording(recorder):
+    with recording(recorder):
         z = recorder.max_pool2d(model[0](x), "first", window, ceil_mode=False, relu=True)
         y = model[1](z)
         loss = recorder.max_pool2d(y, "second", window, ceil_mode=False, relu=True).sum()

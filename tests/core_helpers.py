@@ -15,7 +15,8 @@ from adcert.balls import Ball
 from adcert.choices import Window
 from adcert.differences import Differences, Expansion, groups_of
 from adcert.layers import Graph, Leaves, Order, order_layers
-from adcert.records import OpRecord, Recorder, recording
+from adcert.recorder import Recorder, recording
+from adcert.records import OpRecord
 from adcert.rows import expand
 
 DIGITS = 120  # decimal digits of the exact reference

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 import adcert
 from adcert import Verdict, certify, idle, layers
-from adcert.records import Recorder, recording
+from adcert.recorder import Recorder, recording
 
 
 class Two(nn.Module):

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 import adcert
 from adcert.layers import Graph, Leaves, kind_of, shape_of
-from adcert.records import Recorder, recording
+from adcert.recorder import Recorder, recording
 
 ONES = torch.ones(2, 2, dtype=torch.float64)
 

@@ -14,8 +14,8 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
 
 import adcert
-from adcert import records
 from adcert.cli._loop import digest
+from adcert.recorder import running
 
 lightning = pytest.importorskip("lightning.pytorch", reason="the callback is for Lightning")
 from adcert.integrations.lightning import Certify  # noqa: E402 - after the library is known to be there
@@ -136,7 +136,7 @@ def test_an_exception_leaves_no_step_behind() -> None:
     with pytest.raises(ZeroDivisionError) as caught:
         fit(Failing(), certify)
     assert any(entry.name == "training_step" for entry in caught.traceback)
-    assert not records.running()
+    assert not running()
     assert not torch.overrides._get_current_function_mode_stack()
     assert certify.monitor is not None and certify.monitor.report().aborted == 1
 
@@ -152,7 +152,7 @@ def test_on_fail_raise_stops_before_the_optimiser() -> None:
     with pytest.raises(adcert.UncertifiedError, match="step 1 is undecided"):
         fit(module, Certify(on_fail="raise"))
     assert digest(module) == before
-    assert not records.running()
+    assert not running()
 
 
 def test_what_the_callback_cannot_do_is_refused() -> None:
@@ -169,7 +169,7 @@ def test_what_the_callback_cannot_do_is_refused() -> None:
         fit(Manual(), Certify(), accumulate_grad_batches=1)
     with pytest.raises(adcert.AdcertError, match="LBFGS evaluates its closure several times"):
         fit(Quasi(), Certify(), accumulate_grad_batches=1)
-    assert not records.running()
+    assert not running()
 
 
 def test_scalars_reach_the_loggers(tmp_path: Path) -> None:

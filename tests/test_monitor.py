@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adcert
-from adcert import Monitor, Verdict, certify, records
+from adcert import Monitor, Verdict, certify
+from adcert.recorder import active
 
 
 def network() -> nn.Sequential:
@@ -92,7 +93,7 @@ def test_loss_without_grad_is_an_error() -> None:
         p.requires_grad_(False)
     with pytest.raises(adcert.AdcertError, match="does not require grad"):
         run(model)
-    assert records.active() is None
+    assert active() is None
 
 
 def test_no_grad_forward_inside_a_step_records_nothing() -> None:
@@ -178,7 +179,7 @@ def test_an_exception_inside_the_step_leaves_nothing_behind() -> None:
         1 / 0  # noqa: B018
     with pytest.raises(adcert.AdcertError, match="no certificate"):
         step.certificate()
-    assert records.active() is None
+    assert active() is None
     assert after(monitor) == "certified"
     assert (monitor.report().steps, monitor.report().aborted, monitor.report().certified) == (2, 1, 1)
 

@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import adcert
-from adcert import records
-from adcert.records import Recorder
+from adcert.recorder import Recorder, recording
 
 
 def one_filter(weight: list[float]) -> nn.Sequential:
@@ -93,7 +92,7 @@ def test_same_ties_as_the_records(seed: int) -> None:
     walk = naive.Walk()
     walk.run(model, x)
     recorder = Recorder()
-    with records.recording(recorder):
+    with recording(recorder):
         adcert.convert(copy.deepcopy(model))(x)
     assert len(walk.pooled) == len(recorder.records) == 2
     for pooled, record in zip(walk.pooled, recorder.records, strict=True):

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 import adcert
-from adcert import records
-from adcert.records import Recorder
+from adcert.recorder import Recorder, recording
+from adcert.records import OpRecord
 
 
 def small() -> nn.Sequential:
@@ -104,9 +104,9 @@ def test_converted_modules_copy_and_pickle(copied: object) -> None:
     assert type(twin[2]) is adcert.nn.ReLU
 
 
-def recorded(model: nn.Module, x: Tensor) -> list[records.OpRecord]:
+def recorded(model: nn.Module, x: Tensor) -> list[OpRecord]:
     recorder = Recorder({id(module): name for name, module in model.named_modules()})
-    with records.recording(recorder):
+    with recording(recorder):
         model(x)
     return list(recorder.records)
 
@@ -134,7 +134,7 @@ def test_in_place_relu_whose_input_others_hold_stays_in_place() -> None:
     w = torch.tensor([[[[-1.0, 2.0], [3.0, -4.0]]]], requires_grad=True)
     y = w * 1.0
     recorder = Recorder()
-    with records.recording(recorder):
+    with recording(recorder):
         model(y)
     assert y.tolist() == [[[[0.0, 2.0], [3.0, 0.0]]]]  # as torch leaves it
 
@@ -159,7 +159,7 @@ def test_other_dtypes_are_bitwise_torch(dtype: torch.dtype) -> None:
     ours = adcert.convert(copy.deepcopy(plain))
     x = torch.randint(-2, 3, (2, 2, 8, 8)).to(dtype)
     expected, recorder = plain(x), Recorder()
-    with records.recording(recorder):
+    with recording(recorder):
         y = ours(x)
     y.sum().backward()
     expected.sum().backward()

@@ -242,7 +242,7 @@ def _nudged(network: object, index: int, nudge: Tensor) -> float:
             count += 1
             return x + nudge if count == index + 1 else x
 
-    from adcert.records import recording
+    from adcert.recorder import recording
 
     with recording(Nudging()):
         return network.closure().item()
@@ -255,6 +255,6 @@ def test_the_nudge_reaches_the_loss():
         w = param([1.0, 2.0])
 
         def closure(self) -> Tensor:
-            return F.relu(self.w).sum() if adcert.records.active() is None else adcert.nn.ReLU()(self.w).sum()
+            return F.relu(self.w).sum() if adcert.recorder.active() is None else adcert.nn.ReLU()(self.w).sum()
 
     assert _nudged(Two(), 0, torch.tensor([0.25, 0.0], dtype=torch.float64)) == 3.25

@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 import adcert
-from adcert import Monitor, records
+from adcert import Monitor
+from adcert.recorder import active, running
 from adcert.sampling import count_drawn, drawn
 
 
@@ -108,7 +109,7 @@ def test_a_skipped_step_records_nothing_and_says_so() -> None:
     monitor = Monitor(model(), every=3, seed=2)
     for _ in range(3):
         with monitor.step() as step:
-            assert (records.active() is None) == bool(step.skipped)
+            assert (active() is None) == bool(step.skipped)
             assert len(torch.overrides._get_current_function_mode_stack()) == (not step.skipped)
             loss = step.loss(monitor.model(torch.ones(1, 1)).sum())
             loss.backward()
@@ -127,7 +128,7 @@ def test_steps_do_not_nest_whether_drawn_or_not() -> None:
     for _ in range(2):
         with monitor.step(), pytest.raises(adcert.AdcertError, match="do not nest"), monitor.step():
             pass
-    assert not records.running()
+    assert not running()
 
 
 def test_failures_count_only_where_they_are_looked_for() -> None:
@@ -152,7 +153,7 @@ def test_an_exception_in_a_skipped_step_passes_through() -> None:
             1 / 0  # noqa: B018
     report = monitor.report()
     assert (report.steps, report.sampled, report.aborted) == (2, 1, 1)
-    assert not records.running()
+    assert not running()
 
 
 def test_the_random_state_is_not_touched() -> None:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import adcert
-from adcert import records
 from adcert.cli._loop import digest
+from adcert.recorder import running
 
 transformers = pytest.importorskip("transformers", reason="the callback is for its Trainer")
 pytest.importorskip("accelerate", reason="the Trainer needs it")
@@ -91,7 +91,7 @@ def test_a_resumed_train_goes_on(tmp_path: Path) -> None:
     log = tmp_path / "log"
     with pytest.raises(ZeroDivisionError), Certify(log=log) as killed:
         train(Failing(), tmp_path / "b", killed, **options)
-    assert not records.running()
+    assert not running()
     assert not torch.overrides._get_current_function_mode_stack()
     assert killed.monitor is not None
     assert (killed.monitor.report().certified, killed.monitor.report().aborted) == (6, 1)
@@ -123,7 +123,7 @@ def test_on_fail_raise_stops_before_the_optimiser(tmp_path: Path) -> None:
     with pytest.raises(adcert.UncertifiedError, match="step 1 is undecided"), Certify(on_fail="raise") as certify:
         train(model, tmp_path, certify)
     assert digest(model) == before
-    assert not records.running()
+    assert not running()
 
 
 def test_outside_its_block_the_callback_refuses(tmp_path: Path) -> None:

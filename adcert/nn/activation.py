@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from adcert import activations, records
+from adcert import activations
 from adcert.activations import Activation
 from adcert.errors import AdcertError
+from adcert.recorder import active
 
 Proxy = float | tuple[float, ...] | None
 
@@ -63,7 +64,7 @@ class _Proxied(torch.autograd.Function):
 
 def _run(module: Any, rho: Callable[[], Activation], x: Tensor, forward: Callable[[Tensor], Tensor]) -> Tensor:
     """The module's forward; in a monitored step under its own name."""
-    recorder = records.active()
+    recorder = active()
     if module.proxy is not None:
         ours = replace(rho(), given=module.proxy)
 
@@ -113,7 +114,7 @@ class ReLU(torch.nn.ReLU):
         self.proxy = _checked(activations.relu(), proxy, inplace)
 
     def forward(self, input: Tensor) -> Tensor:
-        recorder = records.active()
+        recorder = active()
         if self.proxy is not None:
             return _run(self, activations.relu, input, super().forward)
         if recorder is None:
@@ -346,7 +347,7 @@ class PReLU(torch.nn.PReLU):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        recorder = records.active()
+        recorder = active()
         if recorder is None:
             return super().forward(input)
         with recorder.naming(self, "PReLU"):
@@ -363,7 +364,7 @@ class RReLU(torch.nn.RReLU):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        recorder = records.active()
+        recorder = active()
         if recorder is None:
             return super().forward(input)
         with recorder.naming(self, "RReLU"):
@@ -380,7 +381,7 @@ class CELU(torch.nn.CELU):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        recorder = records.active()
+        recorder = active()
         if recorder is None:
             return super().forward(input)
         with recorder.naming(self, "CELU"):
@@ -397,7 +398,7 @@ class Threshold(torch.nn.Threshold):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        recorder = records.active()
+        recorder = active()
         if recorder is None:
             return super().forward(input)
         with recorder.naming(self, "Threshold"):

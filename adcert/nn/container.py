@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adcert import records
+from adcert.recorder import active
 
 from .activation import ReLU
 from .pooling import MaxPool2d, window_of
@@ -19,7 +19,7 @@ class Sequential(torch.nn.Sequential):
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        recorder = records.active()
+        recorder = active()
         if recorder is None:
             output: Tensor = super().forward(input)  # type: ignore[no-untyped-call]
             return output

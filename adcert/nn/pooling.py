@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from adcert import records
 from adcert.choices import Window
+from adcert.recorder import active
 
 
 def pair(value: int | tuple[int, ...] | list[int]) -> tuple[int, int]:
@@ -32,7 +32,7 @@ def window_of(module: torch.nn.MaxPool2d) -> Window:
 
 
 def _named(module: torch.nn.Module, forward: Any, input: Tensor) -> Any:
-    recorder = records.active()
+    recorder = active()
     if recorder is None:
         return forward(input)
     with recorder.naming(module, type(module).__name__):
@@ -51,7 +51,7 @@ class MaxPool2d(torch.nn.MaxPool2d):
     """
 
     def forward(self, input: Tensor) -> Any:
-        recorder = records.active()
+        recorder = active()
         if recorder is None or self.return_indices:
             return _named(self, super().forward, input)
         name = recorder.name_of(self, "MaxPool2d")
