@@ -38,7 +38,7 @@ _EXTREMA: dict[str, Callable[[Tensor], Tensor]] = {
     "Amin": torch.amin,
     "Max": torch.max,
     "Min": torch.min,
-    "_Greater": lambda x: torch.maximum(*x.unbind()),  # of calls: maximum and minimum of two tensors
+    "_Greater": lambda x: torch.maximum(*x.unbind()),  # of calls_selections: maximum and minimum of two tensors
 }
 
 

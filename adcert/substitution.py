@@ -18,7 +18,7 @@ from torch import Tensor, fx
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from . import calls, ops
+from . import ops, routes
 from .captured import Overflow, Refused, Region, Site, function_of, unrecorded
 from .errors import AdcertError
 from .nodes import linked
@@ -127,7 +127,7 @@ class Replay:
             return self._record(site, args[0])
         function, witness = function_of(node), self.recorder.witness
         assert witness is not None
-        if calls.known(function):
+        if routes.known(function):
             raise Refused(unrecorded(function.__name__))
         before = witness.calls
         result = function(*args, **kwargs)

@@ -22,13 +22,13 @@ from torch.nn import Parameter
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import DeviceContext
 
-from .calls import record
 from .functions import named, opaque, plain, writes_analytically
 from .guards import finite
 from .layers import ACCUMULATE
 from .nodes import COPY_SLICES, Node
 from .recomputed import checkpointing, dropping, same_numbers
 from .recorder import Recorder, transformed
+from .routes import record
 from .smooth import ANALYTIC
 
 # Their results depend on shapes, types and devices only, never on values.
@@ -698,7 +698,8 @@ def version_of(tensor: Tensor) -> int:
     return -1 if tensor.is_inference() else tensor._version
 
 
-_ROOMS = "calls compiled monitor recorder replay step substitution watch"
+_ROOMS = """calls_activations calls_pooling calls_recurrent calls_selections compiled monitor recorder replay routes
+    step substitution watch"""
 _OURS = frozenset(f"adcert.{room}" for room in _ROOMS.split())
 
 
