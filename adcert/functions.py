@@ -1,4 +1,4 @@
-"""What torch's functions, and classes of tensors, may hide from autograd: the knowledge of :mod:`adcert.watch`."""
+"""What torch's functions do, and what they and classes of tensors may hide from autograd: for :mod:`adcert.watch`."""
 
 from __future__ import annotations
 
@@ -41,6 +41,48 @@ _ANALYTIC_WRITES = frozenset(
 }
 
 _DIVISIONS = frozenset({Tensor.div_, Tensor.divide_, Tensor.true_divide_, Tensor.__itruediv__})
+
+# Their results depend on shapes, types and devices only, never on values.
+VALUE_FREE = frozenset(
+    """zeros_like ones_like empty_like rand_like randn_like randint_like new_zeros new_ones new_empty size
+    dim numel stride is_contiguous is_floating_point retain_grad requires_grad_ __repr__ __format__ __len__
+    __hash__""".split()
+)
+GETTERS = frozenset(
+    getattr(Tensor, name).__get__
+    for name in """shape dtype device layout requires_grad is_leaf ndim itemsize nbytes grad_fn is_cuda is_cpu
+    is_sparse is_quantized is_meta is_mkldnn is_nested _version output_nr""".split()
+)
+GRAD_FN = getattr(Tensor, "grad_fn").__get__  # noqa: B009 - the stubs know the value only
+READS = frozenset(
+    """item tolist numpy __bool__ __int__ __float__ __index__ __array__ __contains__ __dlpack__
+    untyped_storage storage data_ptr""".split()
+)
+SWITCHES = frozenset({Tensor.requires_grad_, Tensor.requires_grad.__set__})  # type: ignore[attr-defined]
+# They hand out memory, or another tensor over it, that can be written to without a new version.
+OPEN = frozenset(
+    {
+        getattr(Tensor, "data").__get__,  # noqa: B009 - the stubs know the value only
+        Tensor.numpy,
+        Tensor.__array__,
+        Tensor.__dlpack__,
+        Tensor.data_ptr,
+        Tensor.storage,
+        Tensor.untyped_storage,
+    }
+)
+# They make ordinary numbers of infinite ones, which their nodes do not show.
+SATURATING = frozenset("sigmoid sigmoid_ expit tanh tanh_ elu elu_ celu celu_".split())
+HOOKS = frozenset({"register_hook", "register_post_accumulate_grad_hook"})
+# Their schemas do not say that they write running statistics, and autograd does not learn of it.
+NORMS = frozenset(
+    """batch_norm instance_norm native_batch_norm cudnn_batch_norm miopen_batch_norm _batch_norm_impl_index""".split()
+)
+FUNCTIONAL_NORM = ("input", "running_mean", "running_var", "weight", "bias", "training")
+NATIVE_NORM = ("input", "weight", "bias", "running_mean", "running_var", "training")
+BACKWARD = frozenset({Tensor.backward, torch.autograd.backward, torch.autograd.grad})
+# They write in place, and leave the version of what they write as it is.
+UNVERSIONED = frozenset("_fused_sgd_ _fused_adam_ _fused_adamw_ _fused_adagrad_ apply_ map_ map2_".split())
 
 
 def opaque(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -86,3 +128,8 @@ def plain(kind: type) -> bool:
 def named(value: object) -> str:
     """Module and name of a value's class."""
     return f"{type(value).__module__}.{type(value).__qualname__}"
+
+
+def attribute_of(setter: Any) -> str:
+    """Name of the attribute of tensors that a ``__set__`` belongs to, else ''."""
+    return getattr(getattr(setter, "__self__", None), "__name__", "")

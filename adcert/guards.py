@@ -56,7 +56,7 @@ def _finite(name: str) -> Callable[[Node], Answer]:
 
 
 def _finite_input(node: Node) -> Answer:
-    """Of a function that has a limit at infinity; in place it keeps its result, and :mod:`adcert.watch` has looked."""
+    """Of a function that has a limit at infinity; in place it keeps its result, and :mod:`adcert.followed` looked."""
     return _finite("self" if _saved(node, "self") is not None else "result")(node)
 
 
