@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from . import distributed, state
-from . import recorder as records
 from .analysis import StepAnalysis
 from .assembly import Share, assemble
 from .certificate import Certificate, Verdict
@@ -22,7 +21,7 @@ from .conclusion import conclude, failed
 from .errors import AdcertError, UncertifiedError
 from .lists import Rooms
 from .log import Log
-from .recorder import Recorder
+from .recorder import Recorder, running
 from .sampling import count_drawn, drawn
 from .step import Step
 from .systems import Memory
@@ -162,7 +161,7 @@ class Monitor:
             AdcertError: if a step is already running on this thread, or a CUDA graph is being captured.
             UncertifiedError: with ``on_fail="raise"``, if the step is not certified.
         """
-        if records.running():
+        if running():
             raise AdcertError("a monitored step is already running on this thread: steps do not nest")
         if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():  # type: ignore[no-untyped-call]
             raise AdcertError("a CUDA graph is being captured: its replays would run no analysis")
@@ -255,7 +254,7 @@ class Monitor:
             >>> resumed.report() == monitor.report()
             True
         """
-        if records.running():
+        if running():
             raise AdcertError("a step is running: take the monitor's state between two steps")
         self.flush()
         return {

@@ -13,13 +13,12 @@ import torch
 from torch import Tensor
 
 from . import compiled, distributed
-from . import recorder as records
 from .analysis import StepAnalysis
 from .assembly import Share
 from .certificate import Certificate
 from .errors import AdcertError
 from .gradients import Examination
-from .recorder import Recorder
+from .recorder import Recorder, recording
 from .sharded import Shards
 from .totals import COUNTS
 from .watch import Watch
@@ -161,10 +160,10 @@ class Step:
     @contextmanager
     def _running(self) -> Iterator[None]:
         if self._watch is None:
-            with records.recording(None):
+            with recording(None):
                 yield
         else:
-            with compiled.seen(), records.recording(self._recorder), self._watch:
+            with compiled.seen(), recording(self._recorder), self._watch:
                 yield
 
     def _share(self) -> Share:
