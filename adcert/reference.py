@@ -448,22 +448,19 @@ def opposite_rows(plus: Tensor, minus: Tensor, group: Tensor) -> Tensor:
 
 
 def fingerprints(tensors: Sequence[Tensor]) -> Tensor:
-    """int32 ``[K, 65]``: whether some value is not finite, then 64 sums over the scattered words of memory."""
-    rows = []
+    """int64 ``[K]``: the sum of the scattered words of 64 bits of each tensor's memory, modulo 2^64."""
+    totals = []
     for t in tensors:
-        _check_dtype(t, "fingerprints")
         memory = sorted(range(t.dim()), key=t.stride, reverse=True)  # dense ones by falling strides
-        dense = t.detach().permute(memory).contiguous().flatten()
-        raw = dense.view(torch.uint8).tolist()
-        sums = [0] * 64
-        for k in range(-(-len(raw) // 256) * 64):
-            word = int.from_bytes(bytes(raw[4 * k : 4 * k + 4]), "little")
-            h = (word + k * 0x9E3779B1) * 0x85EBCA6B % 2**32
-            h = (h ^ (h >> 16)) * 0xC2B2AE35 % 2**32
-            sums[k % 64] += h ^ (h >> 15)
-        odd = not bool(torch.isfinite(dense).all())
-        rows.append([odd, *((value + 2**31) % 2**32 - 2**31 for value in sums)])
-    return torch.tensor(rows, dtype=torch.int32)
+        raw = bytes(t.detach().permute(memory).contiguous().flatten().view(torch.uint8).tolist())
+        total = 0
+        for k in range(-(-len(raw) // 128) * 16):
+            h = int.from_bytes(raw[8 * k : 8 * k + 8], "little") ^ (k * 0x9E3779B97F4A7C15 % 2**64)
+            for _ in range(2):
+                h = (h ^ (h >> 32)) * 0xD6E8FEB86659FD93 % 2**64
+            total += h ^ (h >> 32)
+        totals.append((total + 2**63) % 2**64 - 2**63)
+    return torch.tensor(totals, dtype=torch.int64)
 
 
 def _layout(x: Tensor) -> torch.memory_format:

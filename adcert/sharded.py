@@ -101,7 +101,7 @@ class Shards:
 
     def sample(self) -> Sample:
         """What the ranks must have in common: the whole parameters, what was gathered and averaged, in which order."""
-        return Sample(Arrival(self._common, patient=True))
+        return Sample("", Arrival(self._common, patient=True))
 
     def gradients(self) -> Iterator[tuple[str, Tensor | None]]:
         """This rank's shards of the averaged gradients, by the parameters' names."""

@@ -17,7 +17,7 @@ from .analysis import StepAnalysis
 from .assembly import Share
 from .certificate import Certificate
 from .errors import AdcertError
-from .gradients import Examination
+from .gradients import Examination, Sample
 from .recorder import Recorder, recording
 from .sharded import Shards
 from .totals import COUNTS
@@ -139,7 +139,7 @@ class Step:
     def _unaveraged(self, leaves: Iterable[Tensor]) -> list[str]:
         """Why DistributedDataParallel may not have averaged the step's gradients."""
         grads = [leaf.grad for leaf in leaves]
-        reasons = [self._plan.refusal()]
+        reasons = [self._plan.refusal(), self._plan.unfinished()]
         if grads and all(grad is None for grad in grads):
             reasons.append("no gradient was accumulated: DistributedDataParallel averages none")
         if any(grad is not None and grad.layout is not torch.strided for grad in grads):
@@ -184,7 +184,7 @@ class Step:
                     share.failures.extend([reason] if reason else [])
                 elif team is not None and team.parallel:
                     share.failures.extend(self._unaveraged(leaves.values()))
-                    share = replace(share, sample=self._examination.sample(leaves, self._recorder.streams))
+                    share = replace(share, sample=Sample.of(leaves, self._recorder.streams))
         except Exception as error:  # the user's training goes on; the step is undecided, loudly
             share = Share([f"the analysis failed with {type(error).__name__}: {error}"], analysis.strict)
         now = time.perf_counter()

@@ -1,7 +1,7 @@
-// A tensor's memory as a few numbers, and whether its values are finite: shared by every device.
+// A tensor's memory as one number: shared by every device.
 //
-// The bytes are words of 32 bits, zeros up to a multiple of kLanes of them; word k counts in lane k mod kLanes, whose
-// number is a sum modulo 2^32 and so in no order.
+// The bytes are words of 64 bits, with zeros behind them up to a multiple of kLanes words. The number is a sum over the
+// words modulo 2^64, and so in no order.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -13,42 +13,25 @@
 
 namespace adcert {
 
-constexpr int kLanes = 64;
-constexpr int kNumbers = 1 + kLanes;  // of a tensor: whether some value is not finite, then the lanes
+constexpr int64_t kLanes = 16;                        // words that the CPU takes at once
+constexpr int64_t kSpan = kLanes * sizeof(uint64_t);  // their bytes
 
 // What word `k` adds. One-to-one in the word, so that a word that changes always shows.
-ADCERT_INLINE uint32_t scatter(uint32_t word, uint32_t k) {
-  uint32_t h = (word + k * 0x9e3779b1u) * 0x85ebca6bu;
-  h = (h ^ (h >> 16)) * 0xc2b2ae35u;
-  return h ^ (h >> 15);
+ADCERT_INLINE uint64_t scatter(uint64_t word, uint64_t k) {
+  uint64_t h = word ^ (k * 0x9e3779b97f4a7c15u);
+  h = (h ^ (h >> 32)) * 0xd6e8feb86659fd93u;
+  h = (h ^ (h >> 32)) * 0xd6e8feb86659fd93u;
+  return h ^ (h >> 32);
 }
 
-// Whether a word, at an even or odd place, shows a value that is not finite: the exponent's bits are all ones.
-template <class T>
-ADCERT_INLINE bool is_odd_word(uint32_t word, bool at_odd) {
-  if constexpr (sizeof(T) == 2) {
-    constexpr uint32_t low = Value<T>::infinity, high = low << 16;
-    return ((word & low) == low) | ((word & high) == high);
-  } else if constexpr (sizeof(T) == 8) {  // in little-endian memory the exponent comes last
-    constexpr uint32_t high = Value<T>::infinity >> 32;
-    return at_odd & ((word & high) == high);
-  } else {
-    return (word & Value<T>::infinity) == Value<T>::infinity;
-  }
-}
+inline int64_t bytes_of(const Tensor& t) { return t.numel() * static_cast<int64_t>(t.element_size()); }
 
-// Words of `values` values, with the zeros.
-template <class T>
-ADCERT_INLINE int64_t words_of(int64_t values) {
-  constexpr int64_t per =
-      static_cast<int64_t>(kLanes * sizeof(uint32_t) / sizeof(T));  // values in one word of each lane
-  return (values + per - 1) / per * kLanes;
-}
+// Words of so many bytes, with the zeros.
+inline int64_t words_of(int64_t bytes) { return (bytes + kSpan - 1) / kSpan * kLanes; }
 
-inline std::vector<Tensor> checked_fingerprints(const std::vector<Tensor>& tensors) {
+inline std::vector<Tensor> dense_ones(const std::vector<Tensor>& tensors) {
   std::vector<Tensor> held;
   for (const Tensor& t : tensors) {
-    check_floating(t, "fingerprints");
     STD_TORCH_CHECK(t.device() == tensors[0].device(), "fingerprints: expected tensors of one device");
     held.push_back(dense(t));
   }

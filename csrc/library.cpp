@@ -17,7 +17,7 @@
 //   conv_patches         patches of a convolution's input, one row for each output unit
 //   distinct_rows        ascending indices of the first of equal rows
 //   opposite_rows        a row that seems the opposite of an earlier one of its group
-//   fingerprints         of each tensor: whether a value is not finite, and 64 sums over the bits of its memory
+//   fingerprints         of each tensor, a sum over the scattered words of its memory
 //
 // capacity of a recording operator: -1, its lists are as long as what was found, ascending (on the CPU); else they have
 // room for so many entries, counts tells how many were found, and what is beyond is unspecified. On CUDA the entries

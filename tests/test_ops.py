@@ -238,15 +238,16 @@ def test_rows_may_begin_anywhere(place: Place, dtype: torch.dtype) -> None:
     assert ops.distinct_rows(flat[1:].view(3, width)).tolist() == [0, 1]
 
 
-@pytest.mark.parametrize("dtype", reference.DTYPES)
+ANY = (*reference.DTYPES, torch.uint8, torch.int64, torch.complex64, torch.complex128)
+
+
+@pytest.mark.parametrize("dtype", ANY)
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed", "sliced", "3d", "empty"])
 def test_fingerprints(place: Place, dtype: torch.dtype, layout: str) -> None:
-    x = image(dtype, layout, special=False)
+    x = image(torch.float32, layout).nan_to_num(3, 5, 7).to(dtype)
     flat = torch.arange(700).to(dtype)
     tensors = [x, flat[:0], flat[1:2], flat[1:], flat[:513], flat[3:].reshape(-1, 17), flat[0]]  # from odd places
-    actual = ops.fingerprints([place.to(t) for t in tensors])
-    assert_same(actual, reference.fingerprints(tensors))
-    assert not actual[:, 0].any()
+    assert_same(ops.fingerprints([place.to(t) for t in tensors]), reference.fingerprints(tensors))
 
 
 def test_fingerprints_of_many_tensors(place: Place) -> None:
@@ -256,33 +257,30 @@ def test_fingerprints_of_many_tensors(place: Place) -> None:
     assert_same(ops.fingerprints([place.to(t) for t in tensors]), reference.fingerprints(tensors))
 
 
-@pytest.mark.parametrize("dtype", reference.DTYPES)
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-def test_fingerprints_find_what_is_not_finite(place: Place, dtype: torch.dtype, value: float) -> None:
-    largest = torch.finfo(dtype).max
-    tensors = [torch.full((131,), largest if k % 2 else -largest, dtype=dtype) for k in range(131)]
-    for k, t in enumerate(tensors[:-1]):
-        t[k] = value
-    assert ops.fingerprints([place.to(t) for t in tensors])[:, 0].tolist() == [1] * 130 + [0]
-
-
 @pytest.mark.parametrize("size", [1, 2, 7, 64, 509, 9000])
 @pytest.mark.parametrize("dtype", reference.DTYPES)
 def test_fingerprints_notice_any_entry_and_any_exchange_of_two(place: Place, size: int, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(size)
-    t = torch.randint(-2, 3, (size,), generator=generator).to(dtype)  # few values: their bits differ in few places
-    pairs = torch.randint(0, size, (50, 2), generator=generator)
-    pairs[25:, 1] = pairs[25:, 0] % 128 + torch.randint(0, 9, (25,), generator=generator) * 128  # of one lane, mostly
+    t = torch.randint(-2, 3, (size,), generator=generator).to(dtype)
     changed, exchanged = [], []
-    for i, j in pairs.clamp(max=size - 1).tolist():
+    for i, j in torch.randint(0, size, (50, 2), generator=generator).tolist():
         changed.append(t.clone())
         changed[-1][i] += 1
         exchanged.append(t.clone())
         exchanged[-1][i], exchanged[-1][j] = t[j], t[i]
     found = ops.fingerprints([place.to(each) for each in (t, *changed, *exchanged)]).cpu()
-    same = (found == found[0]).all(1).tolist()
+    same = (found == found[0]).tolist()
     assert not any(same[1:51])
     assert same[51:] == [torch.equal(each, t) for each in exchanged]
+
+
+@pytest.mark.parametrize("bits", [0x3F800000, 0x3F800000 << 32, 0x40000000, 1 << 31, 1, 0x3F80, 0x3FF << 52])
+def test_fingerprints_tell_the_places_of_one_value_apart(bits: int) -> None:
+    """An embedding's gradient: one entry that is not zero, at each of 2048 places of a table."""
+    tables = torch.diag(torch.full((2048,), bits))
+    found = ops.fingerprints(list(tables))
+    assert len(found.unique()) == 2048
+    assert len((found & 0xFFFFFFFF).unique()) > 2040  # not even half of the bits are alike more often than by chance
 
 
 @pytest.mark.parametrize("layout", ["contiguous", "channels_last", "transposed"])
@@ -542,7 +540,7 @@ def test_bad_geometry(place: Place, shape: tuple[int, ...], arguments: dict[str,
         ops.max_pool2d(place.to(torch.zeros(shape)), 2, **arguments)
 
 
-@pytest.mark.parametrize("op", [ops.relu, ops.touches, lambda x: ops.max_pool2d(x, 2), lambda x: ops.fingerprints([x])])
+@pytest.mark.parametrize("op", [ops.relu, ops.touches, lambda x: ops.max_pool2d(x, 2)])
 def test_bad_dtype(place: Place, op: Callable[[Tensor], object]) -> None:
     with pytest.raises(RuntimeError, match="float16"):
         op(place.to(torch.zeros(1, 4, 4, dtype=torch.int32)))
