@@ -17,6 +17,7 @@ from .certificate import FREE, Block, Certificate, LayerReport, Verdict
 from .choices import Ties
 from .coverage import Cover
 from .differences import RowSet
+from .errors import AdcertError
 from .findings import Findings
 from .gradients import Gradients
 from .hull import Hull
@@ -161,7 +162,10 @@ def conclude(step: Observed, memory: Memory | None = None, team: Team | None = N
         failures = [*step.failures, *(step.gradients.late() if step.gradients else [])]
         answer = _nothing(step, failures) if failures else _tried(step, decided)
     except Exception as error:
-        answer = _nothing(step, [f"the systems could not be decided: {type(error).__name__}: {error}"])
+        reason = f"the systems could not be decided: {type(error).__name__}: {error}"
+        answer = _nothing(step, [reason])
+        if team is not None and not isinstance(error, AdcertError):  # which all processes have raised
+            team.leave(reason)
     joint = answer.system in ("joint", "hull")
     certificate = Certificate(
         verdict=answer.verdict,

@@ -2,9 +2,10 @@
 
 The loss of a step is the mean of the ranks' losses, all of the same parameters, and its gradient the mean of theirs: it
 is gradient accumulation over the ranks' graphs. So what the ranks saw is exchanged (:mod:`adcert.wire`) and merged into
-what one process would have seen (:func:`adcert.assembly.merge`); the blocks of its systems are shared out, and every
-answer is checked by every rank. All of it is done by the worker threads, over a process group of their own (gloo: it
-is data of the host), so that it lies beside training and never between its collectives.
+what one process would have seen (:func:`adcert.assembly.merge`). Of the blocks of its systems every rank decides those
+that take a glance, alike everywhere; the others are shared out, and every answer is checked by every rank. All of it is
+done by the worker threads, over a process group of their own (gloo: it is data of the host), so that it lies beside
+training and never between its collectives.
 """
 
 from __future__ import annotations
@@ -79,6 +80,20 @@ class Plan:
             for hook, state in getattr(each, "_comm_hooks", ()):
                 if not _only_rounds(hook) or (state is not None and state is not each.process_group):
                     return f"the communication hook {_named(hook)} may change the averaged gradient: not supported"
+        return ""
+
+    def unfinished(self) -> str:
+        """Why DistributedDataParallel has not averaged the gradients of its last backward pass, or ""."""
+        for each in self.parallel:
+            try:
+                each.reducer._check_reducer_finalized()
+            except RuntimeError:
+                return (
+                    "DistributedDataParallel has not averaged all gradients: a parameter took no part in the backward "
+                    "pass (find_unused_parameters=True waits for none)"
+                )
+            except AttributeError as error:
+                return f"DistributedDataParallel of torch {torch.__version__} is not known ({error}): not supported"
         return ""
 
 
@@ -216,6 +231,11 @@ class Team:
         if len(answers) < count and not any(found.proof is not None for _, found in answers.values()):
             raise AdcertError("a rank has left blocks out though no other one is proved empty")
         return answers
+
+    def leave(self, reason: str) -> None:
+        """See :class:`adcert.systems.Team`: gloo tells the others that the connection is gone."""
+        self._channel.parted = self._channel.parted or reason
+        self._channel.close()
 
     def end(self, number: int) -> None:
         """Tell the others that ``number`` steps were all. A second call for the same number does nothing.

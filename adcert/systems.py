@@ -66,6 +66,10 @@ class Team(Protocol):
         """Answers for ``count`` blocks, the same for all processes; ``short``: fewer if one is proved empty."""
         ...
 
+    def leave(self, reason: str) -> None:
+        """This process cannot go on; the others must not wait for it."""
+        ...
+
 
 @dataclass(frozen=True, eq=False)
 class _Cut:

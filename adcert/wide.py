@@ -69,15 +69,18 @@ def decide_wide(
 
 
 def glance_wide(a: Floats, minus: Floats | None = None, radius: Floats | None = None) -> tuple[Ints, Decision] | None:
-    """One column of one sign, the farthest from zero, if there is one; see :func:`adcert.feasibility.glance`."""
-    if a.shape[0] == 0:
+    """Of a single row, the entry that is farthest from zero; see :func:`adcert.feasibility.glance`.
+
+    More rows need their other columns: whether they are independent counts, too.
+    """
+    if a.shape[0] != 1:
         return None
     with np.errstate(over="ignore"):  # a difference that overflows is of its sign
-        difference = a.astype(np.float64, copy=False) if minus is None else np.subtract(a, minus, dtype=np.float64)
-        reach = np.zeros(1) if radius is None else radius.astype(np.float64, copy=False)
-        margin = np.maximum((difference - reach).min(axis=0), (-difference - reach).min(axis=0))
+        margin = np.abs(a[0].astype(np.float64, copy=False) - (0.0 if minus is None else minus[0]))
+    if radius is not None:
+        margin = margin - radius[0]
     best = np.array([int(np.argmax(margin))], dtype=np.int64)
-    answer = glance(*_at(best, a, minus, radius)) if margin[best[0]] > 0 else None
+    answer = glance(*_at(best, a, minus, radius))
     return (best, answer) if answer is not None and answer.nonempty else None
 
 

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import adcert
-from adcert import distributed, wire
+from adcert import distributed, systems, wire
 from adcert import monitor as driver
 from adcert.assembly import Share, assemble, merge
 from adcert.cli._loop import Job, run
@@ -387,6 +387,94 @@ def test_one_entry_that_nobody_averaged_is_enough(two: World) -> None:
         first, second = two.run(one_row, how)
         assert first == second
         assert first[0] == "undecided" and any(reason in text for text in first[1]), (how, first)
+
+
+class Branches(nn.Module):
+    """Three equal parameters; a forward pass names those that take part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in "abc":
+            self.register_parameter(name, nn.Parameter(torch.ones(2, 2, dtype=torch.float64)))
+
+    def forward(self, *parts: tuple[str, Tensor]) -> Tensor:
+        return sum(((getattr(self, name) * x).sum() for name, x in parts), torch.zeros(()).double())
+
+
+def apart(rank: int, how: str) -> list[Any]:
+    """Gradients that are not the mean of the ranks' when the step ends, or that look so."""
+    model = Branches()
+    shared = {name: torch.tensor([[1.0, 2.0], [3.0, 4.0]]).double() * k for k, name in enumerate("abc", 1)}
+    parts = list(shared.items())
+    unused = how in ("used by one", "used by none")
+    parallel = DistributedDataParallel(model, gradient_as_bucket_view=how == "bucket", find_unused_parameters=unused)
+    a, b, c = model.parameters()
+    with adcert.Monitor(parallel) as monitor, monitor.step() as step:
+        if how == "branch":
+            parallel(parts[rank]).backward()
+        elif how in ("bucket", "used by none"):
+            parallel(parts[0]).backward()
+        elif how == "used by one":
+            parallel(*parts[: 1 + rank]).backward()
+        else:
+            parallel(*parts).backward()
+        if how == "data":
+            a.grad.data.mul_(1 + rank)
+        elif how == "numpy":
+            a.grad.numpy()[0, 0] += rank
+        elif how == "transposed" and rank == 1:
+            a.grad = a.grad.clone().t()
+        elif how == "exchanged" and rank == 1:
+            b.grad, c.grad = c.grad, b.grad
+        elif how == "freed" and rank == 1:
+            c.grad = None
+        elif how == "touched" and rank == 1:
+            a.grad.mul_(1.0)
+    return [step.summary["verdict"], step.summary["reasons"]]
+
+
+@pytest.mark.parametrize("how", ["data", "numpy", "transposed", "exchanged", "freed", "branch", "bucket"])
+def test_gradients_that_differ_at_the_end_of_a_step(two: World, how: str) -> None:
+    first, second = two.run(apart, how)
+    assert first == second and first[0] == "undecided"
+    expected = "has not averaged all gradients" if how in ("branch", "bucket") else "are not those of rank 0"
+    assert any(expected in reason for reason in first[1]), first[1]
+
+
+@pytest.mark.parametrize("how", ["nothing", "touched", "used by one", "used by none"])
+def test_gradients_that_are_the_mean(two: World, how: str) -> None:
+    assert two.run(apart, how) == [["certified", []]] * 2
+
+
+def failing(rank: int) -> list[list[Any]]:
+    """In the second step rank 1 runs out of memory over a block; both programs read each verdict at once."""
+    model = adcert.convert(nn.Sequential(nn.Linear(2, 1), nn.ReLU()).double())
+    nn.init.zeros_(model[0].weight)
+    nn.init.zeros_(model[0].bias)
+    parallel = DistributedDataParallel(model)
+    before, found = systems._glanced, []
+
+    def glanced(*arguments: Any) -> Any:
+        if rank == 1 and len(found) == 1:
+            raise MemoryError("no memory left")
+        return before(*arguments)
+
+    systems._glanced = glanced
+    monitor = adcert.Monitor(parallel)
+    for _ in range(3):
+        with monitor.step() as step:
+            parallel(torch.ones(1, 2).double()).sum().backward()
+        found.append([step.summary["verdict"], step.summary["reasons"]])
+    systems._glanced = before
+    return found
+
+
+def test_a_rank_that_fails_over_a_block_keeps_nobody_waiting(two: World) -> None:
+    first, second = two.run(failing)
+    assert first[0] == second[0] == ["certified", []]
+    assert second[1][0] == "undecided" and "no memory left" in second[1][1][0]
+    assert [found[2][0] for found in (first, second)] == ["undecided"] * 2
+    assert "a rank is lost" in first[2][1][0]
 
 
 def other_ranks(rank: int) -> str:
