@@ -18,7 +18,7 @@ import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,8 @@ from .errors import AdcertError
 from .sharded import Shards, is_sharded
 from .systems import Answer, Memory
 from .worker import flush_all
+
+T = TypeVar("T")
 
 LOCAL = "local"
 MAX_BYTES = 1 << 30  # of the shares of all ranks together
@@ -142,6 +144,35 @@ def plan(model: torch.nn.Module, group: Any = None) -> Plan:
         return Plan(inner, None, tuple(parallel), fsdp=fsdp)
     by = "FSDP" if fsdp else "DistributedDataParallel" if parallel else ""
     return Plan(inner, Team(group, by), tuple(parallel), fsdp=fsdp)
+
+
+def everywhere(action: Callable[[], T]) -> list[T]:
+    """What ``action`` gives on each rank of torch.distributed, in their order; all ranks call it at the same place.
+
+    Raises:
+        Exception: on every rank, if it fails on one, so that none goes on and waits for the others: what ``action``
+            raised where it failed, elsewhere an AdcertError that names the rank.
+
+    Example:
+        >>> everywhere(lambda: 1)  # in a process of its own
+        [1]
+    """
+    if not dist.is_available() or not dist.is_initialized() or dist.get_world_size() == 1:
+        return [action()]
+    error: Exception | None = None
+    mine: tuple[str, T | None] = "", None
+    try:
+        mine = "", action()
+    except Exception as caught:
+        error, mine = caught, (str(caught) or type(caught).__name__, None)
+    found: list[Any] = [mine] * dist.get_world_size()
+    dist.all_gather_object(found, mine)
+    if error is not None:
+        raise error
+    for rank, (reason, _) in enumerate(found):
+        if reason:
+            raise AdcertError(f"rank {rank}: {reason}")
+    return [value for _, value in found]
 
 
 def _is_parallel(module: torch.nn.Module) -> bool:

@@ -38,6 +38,19 @@ def _serve(rank: int, size: int, port: int, seconds: float, orders: Connection) 
     os._exit(0)  # quickly
 
 
+def variables(rank: int, size: int, port: int) -> dict[str, str]:
+    """What torchrun puts into the environment; ``port``: of a store that is there already."""
+    found = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size, "MASTER_PORT": port}
+    named = {name: str(value) for name, value in found.items()}
+    elastic = {"RUN_ID": "test", "RESTART_COUNT": "0", "USE_AGENT_STORE": "True"}
+    return {**named, "MASTER_ADDR": "127.0.0.1", **{f"TORCHELASTIC_{name}": value for name, value in elastic.items()}}
+
+
+def launched() -> None:
+    """Tell libraries of this rank as torchrun does."""
+    os.environ.update(variables(dist.get_rank(), dist.get_world_size(), 0))
+
+
 class World:
     """``size`` spawned ranks; ``seconds``: the group's time-out. Functions have to be at the top of a module."""
 

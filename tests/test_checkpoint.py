@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
+from ranks import World, variables
 from typer.testing import CliRunner, Result
 
 from adcert.cli import _loop, app
 from adcert.cli._checkpoint import FREE
 from adcert.cli._loop import Job, Outcome, Precision, StepResult
+from adcert.cli._ranks import Ranks
 from adcert.errors import AdcertError
 
 DIGITS = ("--model", "fnn-relu6", "--data", "digits", "--batch-size", "300", "--epochs", "4", "--seed", "3")
@@ -184,3 +190,82 @@ def test_loading_runs_no_code(tmp_path: Path) -> None:
 
 def test_free_options_are_options() -> None:
     assert set(Job.__dataclass_fields__) > FREE
+
+
+# Three processes: with two, sums of gradients do not depend on their order.
+
+
+@pytest.fixture(scope="module")
+def three() -> Iterator[World]:
+    world = World(3)
+    yield world
+    world.close()
+
+
+PARTED = Job("vgg11-bn", "digits", batch_size=6, steps=7, size=32, checkpoint_every=3, resume=True)
+
+
+def parted(rank: int, job: Job, crash: int = 0, own: str = "") -> Any:
+    """The job, up to step ``crash``; with ``own`` the last rank has another checkpoint."""
+
+    def fail(outcome: Outcome, result: StepResult) -> None:
+        if result.step == crash:
+            raise Crash
+
+    if own and rank == dist.get_world_size() - 1:
+        job = replace(job, checkpoint=Path(own))
+    try:
+        return _loop.run(job, fail, Ranks("cpu", rank, dist.get_world_size())).as_dict()
+    except Crash:
+        return None
+    except AdcertError as error:
+        return str(error)
+
+
+def start(rank: int, size: int, port: int, *options: str) -> subprocess.Popen[bytes]:
+    """A process as torchrun starts it; what it says on stderr is shown if the test fails."""
+    command = [sys.executable, "-m", "adcert", "train", *options, "--threads", "1"]
+    environment = {**os.environ, **variables(rank, size, port)}
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, env=environment)
+
+
+def test_several_processes_killed_and_resumed(three: World, tmp_path: Path) -> None:
+    """SIGKILL hits the first process after the fourth verdict; the others end themselves."""
+    log, checkpoint = tmp_path / "log", tmp_path / "checkpoint"
+    options = ["--model", "vgg11-bn", "--data", "digits", "--size", "32", "--batch-size", "6", "--steps", "7"]
+    options += ["--log", str(log), "--checkpoint", str(checkpoint), "--checkpoint-every", "3", "--resume"]
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    processes = [start(rank, 3, store.port, *options) for rank in range(3)]
+    try:
+        wait_for_lines(log, 4, processes[0])
+        processes[0].send_signal(signal.SIGKILL)
+        assert all(process.wait(60) for process in processes[1:])
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+    assert log.read_bytes().count(b"\n") < 7
+    whole = three.run(parted, replace(PARTED, log=tmp_path / "whole", resume=False))
+    resumed = three.run(parted, replace(PARTED, log=log, checkpoint=checkpoint))
+    assert [found["steps_resumed"] for found in resumed] in ([3] * 3, [6] * 3)
+    assert [essence(found) for found in resumed] == [essence(found) for found in whole]
+    assert whole[0]["report"]["ties"] > 0 and whole[1]["report"]["certified"] == whole[0]["report"]["certified"]
+    assert lines(log) == lines(tmp_path / "whole")
+
+
+def test_several_processes_resume_together_or_not_at_all(three: World, tmp_path: Path) -> None:
+    job = Job("fnn-relu6", "digits", batch_size=300, steps=5, checkpoint=tmp_path / "checkpoint", checkpoint_every=2)
+    whole = three.run(parted, job)
+    job = replace(job, checkpoint=tmp_path / "early")
+    assert three.run(parted, job, 4) == [None] * 3  # at step 2
+    job = replace(job, resume=True)
+    (tmp_path / "broken").write_bytes(b"PK")
+    reasons = three.run(parted, job, 0, str(tmp_path / "broken"))
+    assert reasons[2].startswith(f"cannot read the checkpoint {tmp_path / 'broken'}")
+    assert reasons[:2] == [f"rank 2: {reasons[2]}"] * 2
+    reasons = three.run(parted, job, 0, str(tmp_path / "checkpoint"))
+    assert all("of steps [2, 2, 5]: it has to be on a disk that all of them share" in reason for reason in reasons)
+    with pytest.raises(AdcertError, match="of another job: ranks 3, now 1; resume with the options it began with"):
+        _loop.run(job, lambda *_: None)
+    resumed = three.run(parted, job)
+    assert [essence(found) for found in resumed] == [essence(found) for found in whole]

@@ -10,6 +10,7 @@ from collections import Counter, deque
 from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any, Literal
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 from .. import convert, data, models
 from ..certificate import Verdict
-from ..errors import AdcertError
+from ..distributed import everywhere
 from ..monitor import Monitor
 from ..step import Step
 from ._checkpoint import Training
@@ -182,8 +183,6 @@ def run(job: Job, on_step: Callable[[Outcome, StepResult], None], ranks: Ranks |
     the steps in which a scaled gradient overflows.
     """
     ranks = ranks or Ranks(job.device)
-    if ranks.size > 1 and job.checkpoint is not None:
-        raise AdcertError("--checkpoint is for one process: under torchrun it is not supported")
     images = data.load(job.data, job.pixels, job.workers)
     loader = data.Loader(images, job.batch_size, job.seed)
     per_epoch = len(loader)
@@ -200,10 +199,10 @@ def run(job: Job, on_step: Callable[[Outcome, StepResult], None], ranks: Ranks |
     log = job.log if ranks.first else None
     monitor = None if job.plain else Monitor(parallel, log=log, strict=job.strict, every=job.every, seed=job.seed)
     scaler = torch.amp.GradScaler(job.device, enabled=job.precision == "fp16")
-    training = Training(job, model, optimizer, schedule, scaler, monitor)
+    training = Training(job, ranks, model, optimizer, schedule, scaler, monitor)
     trained: deque[tuple[Step | None, StepResult]] = deque()
     with monitor or nullcontext():
-        done = _begin(training, outcome)
+        done = _begin(training, outcome, partial(_rehearse, training, parallel, images.shape))
         loader.steps, loader.epoch, loader.start = planned - done, done // per_epoch, done % per_epoch
         try:
             for number, (x, y) in enumerate(loader if done < planned else (), done + 1):
@@ -243,17 +242,24 @@ def _planned(job: Job, per_epoch: int) -> int:
     return job.steps if job.epochs is None else min(job.steps, by_epochs)
 
 
-def _begin(training: Training, outcome: Outcome) -> int:
+def _begin(training: Training, outcome: Outcome, rehearse: Callable[[], None]) -> int:
     """Resume or make the first checkpoint, if there are any; tells how many steps are done."""
     checkpoint = training.job.checkpoint
     if checkpoint is None:
         return 0
-    if training.job.resume and checkpoint.exists():
-        outcome.resumed, layers = training.load()
+    if everywhere(lambda: training.job.resume and checkpoint.exists())[0]:
+        outcome.resumed, layers = training.load(rehearse)
         outcome.layers = {name: LayerTotals.restored(totals) for name, totals in layers.items()}
     else:
         _save(training, outcome, 0)
     return outcome.resumed
+
+
+def _rehearse(training: Training, parallel: nn.Module, shape: tuple[int, int, int]) -> None:
+    """A step on nothing but zeros."""
+    job, ranks = training.job, training.ranks
+    x, y = torch.zeros(job.batch_size, *shape), torch.zeros(job.batch_size, dtype=torch.int64)
+    _step(parallel, training.optimizer, training.scaler, None, ranks.part(x), ranks.part(y), 0, job.precision)
 
 
 def _save(training: Training, outcome: Outcome, step: int) -> None:

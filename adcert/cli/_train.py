@@ -108,7 +108,8 @@ def train(
     after a job was killed and resumed.
 
     Started by torchrun, each process trains on its part of every batch (gloo, or NCCL with CUDA), the certificates
-    are those of the whole batch, and the first process alone prints and writes files.
+    are those of the whole batch, and the first process alone prints and writes files. All of them read the checkpoint,
+    and as many have to resume a job as began it.
     """
     if plain and (log or strict or check or certificates or every > 1):
         raise typer.BadParameter(
