@@ -46,9 +46,9 @@ def variables(rank: int, size: int, port: int) -> dict[str, str]:
     return {**named, "MASTER_ADDR": "127.0.0.1", **{f"TORCHELASTIC_{name}": value for name, value in elastic.items()}}
 
 
-def launched() -> None:
+def launched(rank: int) -> None:
     """Tell libraries of this rank as torchrun does."""
-    os.environ.update(variables(dist.get_rank(), dist.get_world_size(), 0))
+    os.environ.update(variables(rank, dist.get_world_size(), 0))
 
 
 class World:

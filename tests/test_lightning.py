@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import World, launched
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -183,3 +186,145 @@ def test_scalars_reach_the_loggers(tmp_path: Path) -> None:
     assert certify.monitor is not None and certify.monitor.report().sampled == 3
     assert [value for _, value in found] == ["1.0", "2.0", "3.0"]
     assert [(number - 1) // 2 for number, _ in found] == [0, 1, 2]
+
+
+# Two processes.
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[World]:
+    world = World(2)
+    world.run(launched)
+    yield world
+    world.close()
+
+
+DDP = {"strategy": "ddp", "devices": 2}
+
+
+def found_by(certify: Certify) -> dict[str, Any]:
+    """What every rank has to find."""
+    monitor = certify.monitor
+    assert monitor is not None
+    certificates = [
+        (c.verdict.value, c.reasons, {name: p.tolist() for name, p in c.directions.items()}, list(c.shapes))
+        for c in monitor.certificates
+    ]
+    return {"totals": totals(monitor), "certificates": certificates}
+
+
+class FailingEighth(Module):
+    """Raises in its eighth batch: the second one of step 5, in the third epoch of two steps."""
+
+    calls = 0
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        self.calls += 1
+        if self.calls == 8:
+            raise ZeroDivisionError
+        return super().training_step(batch, index)
+
+
+def ddp_jobs(rank: int, folder: Path) -> dict[str, Any]:
+    """A job without a monitor, one with, and one that fails and goes on."""
+    options = {**DDP, "max_epochs": 3}
+    whole, failing, resumed = Certify(log=folder / "whole"), Certify(log=folder / "log"), Certify(log=folder / "log")
+    digests = [digest(fit(Module(), **options)), digest(fit(Module(), whole, **options))]
+    saver = lightning.callbacks.ModelCheckpoint(folder, "{step}", every_n_train_steps=2, save_top_k=-1)
+    with pytest.raises(ZeroDivisionError):
+        fit(FailingEighth(), failing, saver, **options, enable_checkpointing=True)
+    digests.append(digest(fit(Module(), resumed, **options, path=str(folder / "step=2.ckpt"))))
+    return {"digests": digests, "whole": found_by(whole), "resumed": found_by(resumed)}
+
+
+def test_ddp_certifies_the_global_batch_and_goes_on(two: World, tmp_path: Path) -> None:
+    """Five samples a rank: three batches an epoch, two steps; the first batch of the first one runs under no_sync."""
+    first, second = two.run(ddp_jobs, tmp_path)
+    assert first == second
+    plain, certified, resumed = first["digests"]
+    assert plain == certified == resumed
+    assert first["whole"]["totals"] == first["resumed"]["totals"]
+    assert (first["whole"]["totals"]["certified"], first["whole"]["totals"]["aborted"]) == (6, 0)
+    names = [name for name, _ in Module().named_parameters()]
+    assert all(shapes == names and set(p) <= set(names) for _, _, p, shapes in first["whole"]["certificates"])
+    steps = lines(tmp_path / "whole")
+    assert [line.get("step") for line in steps] == [*range(1, 7), None]
+    assert [line["windows"] for line in steps[:2]] == [2 * 2 * 2 * 8, 2 * 1 * 1 * 8]  # ranks, batches, samples
+    assert [line.get("step") for line in lines(tmp_path / "log")] == [*range(1, 7), None]
+    assert [line.get("step") for line in lines(tmp_path / "log.superseded")] == [3, 4, None]
+
+
+class Signed(lightning.LightningModule):
+    """``sign relu(w x)``: with both signs it is w x, whose derivative at w = 0 is not autodiff's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1, 1))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], index: int) -> Tensor:
+        x, sign = batch
+        return (sign * torch.relu(x @ self.weight)).sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def lemma_2(rank: int) -> list[Any]:
+    module, certify = Signed(), Certify()
+    one = torch.tensor([[1.0], [-1.0]])
+    alone = adcert.certify(lambda: module.training_step((one[rank], one[rank]), 0), module, group="local")
+    trainer = lightning.Trainer(
+        accelerator="cpu", max_epochs=1, callbacks=[certify], logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False, **DDP,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(TensorDataset(one, one)))
+    return [alone.verdict.value, *found_by(certify)["certificates"][0]]
+
+
+def test_each_rank_alone_is_certified_and_the_global_batch_is_not(two: World) -> None:
+    """relu(w) on one rank and -relu(-w) on the other: their sum is w, and autodiff's gradient is 0."""
+    first, second = two.run(lemma_2)
+    assert first == second
+    alone, both, reasons, _, names = first
+    assert (alone, both, names) == ("certified", "uncertified", ["weight"])
+    assert "empty" in reasons[0]
+
+
+def lost_log(rank: int, folder: Path) -> str:
+    saver = lightning.callbacks.ModelCheckpoint(folder, "last", every_n_train_steps=1)
+    fit(Module(), Certify(log=folder / "log"), saver, **DDP, max_epochs=1, enable_checkpointing=True)
+    if rank == 0:
+        (folder / "log").write_text("")
+    with pytest.raises(adcert.AdcertError) as caught:
+        fit(Module(), Certify(log=folder / "log"), **DDP, path=str(folder / "last.ckpt"))
+    return str(caught.value)
+
+
+def test_a_rank_that_cannot_go_on_stops_all(two: World, tmp_path: Path) -> None:
+    began = time.monotonic()
+    first, second = two.run(lost_log, tmp_path)
+    assert first.startswith(f"the log {tmp_path / 'log'} ends after 0 bytes")
+    assert second == f"rank 0: {first}"
+    assert time.monotonic() - began < 30  # of a time-out of 60
+
+
+class Unaveraged(Module):
+    def configure_model(self) -> None:
+        """Nothing is sharded."""
+
+
+def other_strategies(rank: int) -> list[str]:
+    said = []
+    sharded = lightning.strategies.ModelParallelStrategy(data_parallel_size=2, tensor_parallel_size=1)
+    for module, strategy, options in ((Unaveraged(), sharded, {}), (Module(), "ddp", {"group": "local"})):
+        with pytest.raises(adcert.AdcertError) as caught:
+            fit(module, Certify(**options), strategy=strategy, devices=2)
+        said.append(str(caught.value))
+    return said
+
+
+def test_processes_that_nothing_averages_are_refused(two: World) -> None:
+    first, second = two.run(other_strategies)
+    assert first == second
+    assert "with ModelParallelStrategy it does not see one" in first[0]
+    assert "leave group= out" in first[1]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from ranks import World, launched
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -38,7 +40,8 @@ def samples() -> list[dict[str, Tensor]]:
     return [{"pixels": pixels, "labels": torch.tensor(k % 2)} for k, pixels in enumerate(x)]
 
 
-def train(model: nn.Module, path: Path, *callbacks: object, resume: str | None = None, **options: Any) -> nn.Module:
+def made(model: nn.Module, path: Path, *callbacks: object, **options: Any) -> Any:
+    """A Trainer."""
     settings = {"num_train_epochs": 2, "gradient_accumulation_steps": 2, "save_strategy": "no"}
     arguments = transformers.TrainingArguments(
         output_dir=str(path),
@@ -49,8 +52,11 @@ def train(model: nn.Module, path: Path, *callbacks: object, resume: str | None =
         use_cpu=True,
         **settings | options,
     )
-    trainer = transformers.Trainer(model, arguments, train_dataset=samples(), callbacks=list(callbacks))
-    trainer.train(resume_from_checkpoint=resume)
+    return transformers.Trainer(model, arguments, train_dataset=samples(), callbacks=list(callbacks))
+
+
+def train(model: nn.Module, path: Path, *callbacks: object, resume: str | None = None, **options: Any) -> nn.Module:
+    made(model, path, *callbacks, **options).train(resume_from_checkpoint=resume)
     return model
 
 
@@ -129,3 +135,116 @@ def test_on_fail_raise_stops_before_the_optimiser(tmp_path: Path) -> None:
 def test_outside_its_block_the_callback_refuses(tmp_path: Path) -> None:
     with pytest.raises(adcert.AdcertError, match="in a with block"):
         train(Network(), tmp_path, Certify())
+
+
+def test_the_trainer_may_be_handed_over(tmp_path: Path) -> None:
+    trainer = made(Network(), tmp_path)
+    with Certify(trainer) as certify:
+        trainer.train()
+    assert certify.monitor is not None and certify.monitor.report().certified == 6
+    trainer.train()  # without the callback
+    assert certify.monitor.report().steps == 6
+
+
+# Two processes.
+
+
+@pytest.fixture(scope="module")
+def two() -> Iterator[World]:
+    world = World(2)
+    world.run(launched)
+    yield world
+    world.close()
+
+
+def found_by(certify: Certify) -> dict[str, Any]:
+    """What every rank has to find."""
+    assert certify.monitor is not None
+    certificates = [
+        (c.verdict.value, c.reasons, {name: p.tolist() for name, p in c.directions.items()}, list(c.shapes))
+        for c in certify.monitor.certificates
+    ]
+    return {"totals": asdict(certify.monitor.report()) | {"seconds": None}, "certificates": certificates}
+
+
+class FailingEighth(Network):
+    """Raises in its eighth batch: the second one of step 5, in the third epoch of two steps."""
+
+    calls = 0
+
+    def forward(self, pixels: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        self.calls += 1
+        if self.calls == 8:
+            raise ZeroDivisionError
+        return super().forward(pixels, labels)
+
+
+def jobs(rank: int, folder: Path) -> dict[str, Any]:
+    """A job without a monitor, one with, and one that fails and goes on."""
+    options = {"num_train_epochs": 3, "save_strategy": "steps", "save_steps": 2}
+    digests = [digest(train(Network(), folder / "plain", **options))]
+    trainer = made(Network(), folder / "a", **options)
+    with Certify(trainer, log=folder / "whole") as whole:
+        trainer.train()
+    digests.append(digest(trainer.model))
+    trainer = made(FailingEighth(), folder / "b", **options)
+    with pytest.raises(ZeroDivisionError), Certify(trainer, log=folder / "log"):
+        trainer.train()
+    trainer = made(Network(), folder / "b", **options)
+    with Certify(trainer, log=folder / "log") as resumed:
+        trainer.train(resume_from_checkpoint=str(folder / "b" / "checkpoint-2"))
+    digests.append(digest(trainer.model))
+    return {"digests": digests, "whole": found_by(whole), "resumed": found_by(resumed)}
+
+
+def test_several_processes_certify_the_global_batch_and_go_on(two: World, tmp_path: Path) -> None:
+    """Five samples a rank: three batches an epoch, two steps; the first batch of the first one runs under no_sync."""
+    first, second = two.run(jobs, tmp_path)
+    assert first == second
+    plain, certified, resumed = first["digests"]
+    assert plain == certified == resumed
+    assert first["whole"]["totals"] == first["resumed"]["totals"]
+    assert (first["whole"]["totals"]["certified"], first["whole"]["totals"]["aborted"]) == (6, 0)
+    names = [name for name, _ in Network().named_parameters()]
+    assert all(shapes == names and set(p) <= set(names) for _, _, p, shapes in first["whole"]["certificates"])
+    steps = lines(tmp_path / "whole")
+    assert [line.get("step") for line in steps] == [*range(1, 7), None]
+    assert steps[0]["windows"] == 2 * 2 * 2 * 8  # ranks, batches, samples
+    assert [line.get("step") for line in lines(tmp_path / "log")] == [*range(1, 7), None]
+    assert [line.get("step") for line in lines(tmp_path / "log.superseded")] == [3, 4, None]
+
+
+def around(rank: int, folder: Path) -> list[Any]:
+    """The loss is not computed by the model that the Trainer hands out, which would average."""
+    trainer = made(Network(), folder, max_steps=1)
+    trainer.compute_loss = lambda model, inputs, **rest: trainer.model(**inputs)["loss"]
+    with Certify(trainer) as certify:
+        trainer.train()
+    assert certify.monitor is not None
+    return [(c.verdict.value, c.reasons) for c in certify.monitor.certificates]
+
+
+def test_gradients_that_nobody_averaged_are_not_certified(two: World, tmp_path: Path) -> None:
+    first, second = two.run(around, tmp_path)
+    assert first == second
+    [(verdict, reasons)] = first
+    assert verdict == "undecided" and any("not those of rank 0" in reason for reason in reasons)
+
+
+def refusals(rank: int, folder: Path) -> list[str]:
+    said = []
+    with pytest.raises(adcert.AdcertError) as caught, Certify() as certify:
+        train(Network(), folder, certify)
+    said.append(str(caught.value))
+    trainer = made(Network(), folder)
+    trainer._wrap_model = lambda model, *_: nn.Sequential(model)  # nothing averages
+    with pytest.raises(adcert.AdcertError) as caught, Certify(trainer):
+        trainer.train()
+    return [*said, str(caught.value)]
+
+
+def test_processes_that_nothing_averages_are_refused(two: World, tmp_path: Path) -> None:
+    first, second = two.run(refusals, tmp_path)
+    assert first == second
+    assert "of 2 processes the callback has to see what averages their gradients" in first[0]
+    assert "with Sequential it does not see one" in first[1]

@@ -9,6 +9,7 @@ from ..errors import AdcertError
 from ..monitor import Monitor
 from ..step import Step
 from .block import Block
+from .ranks import Ranks
 from .scalars import Scalars
 
 # Both packages may be installed; the program uses the one that it has imported.
@@ -28,6 +29,9 @@ class Certify(Callback):  # type: ignore[misc]  # the stubs of Lightning are not
     resumed ``fit`` goes on with its totals and its log (in the middle of an epoch Lightning goes on with other batches,
     unless the loader keeps a state). ``monitor`` is the run's, there while and after it trains.
 
+    Of several processes under ``DDPStrategy`` (``strategy="ddp"``) the global batch is certified: every process has the
+    same certificates, the first one writes the log.
+
     Convert the module first, ``adcert.convert(module)``: the swap keeps parameters, hooks and ``state_dict``.
 
     Args:
@@ -37,8 +41,9 @@ class Certify(Callback):  # type: ignore[misc]  # the stubs of Lightning are not
 
     Raises:
         AdcertError: when ``fit`` begins, for manual optimisation (there the loop is yours: use
-            ``adcert.Monitor``) and for several processes; in a step, if the optimiser evaluates its closure more than
-            once (LBFGS).
+            ``adcert.Monitor``), for several processes under another strategy (FSDP, DeepSpeed, ...), and on every
+            process if one of them cannot go on from the checkpoint; in a step, if the optimiser evaluates its closure
+            more than once (LBFGS).
         UncertifiedError: from ``fit``, with ``on_fail="raise"``, before the optimiser's step.
 
     Example:
@@ -61,14 +66,10 @@ class Certify(Callback):  # type: ignore[misc]  # the stubs of Lightning are not
                 "with manual optimisation the callback cannot tell where a step begins: use adcert.Monitor in "
                 "training_step, `with monitor.step(): self.manual_backward(loss)`"
             )
-        if trainer.world_size > 1:
-            raise AdcertError(f"the callback certifies one process, this run has {trainer.world_size}")
-        monitor = Monitor(pl_module, **self._options)
-        if self._saved:
-            monitor.load_state_dict(self._saved)
-        self.monitor = monitor.__enter__()
-        self._block = Block(monitor)
-        self._scalars = Scalars(monitor)
+        ranks = Ranks(trainer.world_size, trainer.is_global_zero, type(trainer.strategy).__name__)
+        self.monitor = ranks.begin(pl_module, trainer.strategy.model, self._options, self._saved)
+        self._block = Block(self.monitor)
+        self._scalars = Scalars(self.monitor)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         """Begin a step, unless this batch adds to the gradient of the one before."""
@@ -98,7 +99,7 @@ class Certify(Callback):  # type: ignore[misc]  # the stubs of Lightning are not
         """The step that failed is left; the verdicts before it are kept."""
         if self._block is not None:
             self._block.abort(exception)
-            self._close(trainer)
+            self._close(trainer, exception)
 
     def state_dict(self) -> dict[str, Any]:
         """The monitor's."""
@@ -108,16 +109,16 @@ class Certify(Callback):  # type: ignore[misc]  # the stubs of Lightning are not
         """Kept until training starts."""
         self._saved = state_dict
 
-    def _close(self, trainer: Any) -> None:
+    def _close(self, trainer: Any, error: BaseException | None = None) -> None:
         assert self.monitor is not None and self._block is not None
         self._block.abort()
         self._log(trainer)
-        self.monitor.close()
+        self.monitor.__exit__(type(error) if error else None, error, None)
         self._saved = {}
 
     def _log(self, trainer: Any, step: Step | None = None) -> None:
         """The numbers of what has been decided; without a step of all there are."""
-        if not self._plot or self._scalars is None:
+        if not self._plot or self._scalars is None or not trainer.is_global_zero:
             return
         if step is not None:
             self._scalars.add(step)
