@@ -32,7 +32,7 @@ from training import Case, photos
 import adcert
 from adcert import distributed
 
-WARM_UP, RUNS, STEPS, BATCH, RANKS = 1, 16, 4, 128, 2
+WARM_UP, RUNS, STEPS, BATCH, RANKS = 1, 24, 4, 128, 2
 WAYS = ("plain", "local", "again", "together")
 
 
@@ -55,7 +55,7 @@ def trainer(model: str, way: str) -> tuple[Any, adcert.Monitor | None]:
     """A function that does a run and returns the seconds of a step."""
     built = Case(model).build()
     parallel = DistributedDataParallel(built if way == "plain" else adcert.convert(built))
-    optimizer = torch.optim.SGD(parallel.parameters(), 0.05, 0.9, weight_decay=1e-4)
+    optimizer = torch.optim.SGD(parallel.parameters(), 0.01, 0.9, weight_decay=1e-4)
     group = None if way == "together" else "local"
     monitor = None if way == "plain" else adcert.Monitor(parallel, group=group, keep=2 * RUNS * STEPS)
 
