@@ -26,6 +26,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from .captured import Region
 from .recorder import active
@@ -41,12 +42,19 @@ def backend(module: fx.GraphModule, example_inputs: list[Any]) -> Callable[..., 
             "compiled code may compute activations a second time in backward (torch._functorch.config: "
             "activation_memory_budget, aggressive_recomputation, ban_recompute_not_in_allowlist)"
         )
+    if region.problem and _split():
+        region.refuse(
+            f"{region.problem} (DistributedDataParallel has cut the program where its buckets end: "
+            "torch._dynamo.config.optimize_ddp = False leaves it whole)"
+        )
     compiled = compiler(module if region.problem else region.program(), example_inputs)
 
     def run(*args: Any) -> Any:
         nonlocal compiled
-        recorder = active()
         tensors = [given for given in args if isinstance(given, Tensor)]
+        if any(isinstance(given, FakeTensor) for given in tensors):  # the compiler asks for shapes of outputs
+            return tuple(compiled(*args))[: region.outputs]
+        recorder = active()
         with torch._C.DisableTorchFunction():
             if region.outgrown:
                 compiled, region.outgrown = compiler(region.program(), list(args)), False
@@ -81,6 +89,12 @@ def _own_backend() -> Callable[..., Any]:
             return innermost_backend(callback)
         frame = frame.f_back  # type: ignore[assignment]
     return lookup_backend("inductor")
+
+
+def _split() -> bool:
+    """Is the graph that is being compiled a part of one that DistributedDataParallel's optimizer has cut?"""
+    context = torch._guards.TracingContext.try_get()
+    return getattr(context, "ddp_optimizer_ctx", None) is not None
 
 
 def _recomputes() -> bool:

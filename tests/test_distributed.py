@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import adcert
-from adcert import distributed, systems, wire
+from adcert import compiled, distributed, systems, wire
 from adcert import monitor as driver
 from adcert.assembly import Share, assemble, merge
 from adcert.cli._loop import Job, run
@@ -337,6 +337,57 @@ def test_gradients_that_nobody_averaged_are_not_certified(two: World) -> None:
         first, second = two.run(moved, how)
         assert first == second
         assert first[0] == "undecided" and any(reason in text for text in first[1]), how
+
+
+class Adding(nn.Module):
+    """Two layers of two megabytes each: DistributedDataParallel has a compiler cut the program between them."""
+
+    def __init__(self, in_place: bool) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(64, 8192), nn.Linear(8192, 64)
+        self.in_place = in_place
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.first(x)
+        z = self.second(torch.relu(y))
+        if self.in_place:
+            y += 1.0
+        return torch.relu(z).mean() + y.mean()
+
+
+def cut(rank: int, order: str, in_place: bool) -> list[Any]:
+    """The verdict, its reasons, and how many programs were compiled for it."""
+    torch._dynamo.reset()
+    torch.manual_seed(0)
+    model, backend, programs = adcert.convert(Adding(in_place)), compiled.backend, []
+
+    def counting(module: Any, examples: list[Any]) -> Any:
+        programs.append(module)
+        return backend(module, examples)
+
+    compiled.backend = counting
+    if order == "compiled inside":
+        parallel = net = DistributedDataParallel(torch.compile(model, backend="aot_eager"), bucket_cap_mb=1)
+    else:
+        parallel = DistributedDataParallel(model, bucket_cap_mb=1)
+        net = torch.compile(parallel, backend="aot_eager")
+    with adcert.Monitor(parallel) as monitor, monitor.step() as step:
+        net(torch.randn(4, 64, generator=torch.Generator().manual_seed(rank))).backward()
+    compiled.backend = backend
+    return [step.summary["verdict"], step.summary["reasons"], len(programs)]
+
+
+@pytest.mark.parametrize("order", ["compiled inside", "compiled outside"])
+def test_compiled_code_that_is_cut_where_buckets_end(two: World, order: str) -> None:
+    first, second = two.run(cut, order, False)
+    assert first == second
+    assert first[:2] == ["certified", []] and first[2] > 1
+
+
+def test_a_write_to_what_another_bucket_has_made(two: World) -> None:
+    verdict, reasons, programs = two.run(cut, "compiled inside", True)[0]
+    assert verdict == "undecided" and programs > 1
+    assert "add_" in reasons[0] and "optimize_ddp = False leaves it whole" in reasons[0]
 
 
 class Table(nn.Module):
