@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -17,10 +18,11 @@ import pytest
 import torch
 import torch.distributed as dist
 from ranks import World, variables
+from torch import nn
 from typer.testing import CliRunner, Result
 
 from adcert.cli import _loop, app
-from adcert.cli._checkpoint import FREE
+from adcert.cli._checkpoint import FREE, _read
 from adcert.cli._loop import Job, Outcome, Precision, StepResult
 from adcert.cli._ranks import Ranks
 from adcert.errors import AdcertError
@@ -186,6 +188,21 @@ def test_loading_runs_no_code(tmp_path: Path) -> None:
     with pytest.raises(AdcertError, match="cannot read the checkpoint"):
         _loop.run(job, lambda *_: None)
     assert not (tmp_path / "evil").exists()
+
+
+def test_damaged_files_are_refused(tmp_path: Path) -> None:
+    """Bytes of the pickled part are altered: whatever torch stumbles over, the error names the file."""
+    path = tmp_path / "checkpoint"
+    torch.save({"format": "adcert train", "model": nn.Linear(3, 2).state_dict(), "step": 3}, path)
+    whole = path.read_bytes()
+    begin, dice = whole.find(b"data.pkl"), random.Random(0)
+    for _ in range(200):
+        damaged = bytearray(whole)
+        for _ in range(3):
+            damaged[begin + dice.randrange(600)] = dice.randrange(256)
+        path.write_bytes(damaged)
+        with pytest.raises(AdcertError, match="checkpoint"):
+            _read(path)
 
 
 def test_free_options_are_options() -> None:
