@@ -73,9 +73,9 @@ class Plan:
         for each in self.parallel:
             if getattr(each, "mixed_precision", None) is not None:
                 return "DistributedDataParallel(mixed_precision=...) swaps the parameters in forward: not supported"
-            if self.team is None:
-                continue
-            ignored = getattr(each, "parameters_to_ignore", ())
+            if self.team is None and self.assumed:
+                continue  # the gradient before any averaging
+            ignored = () if self.team is None else getattr(each, "parameters_to_ignore", ())
             for name, parameter in each.module.named_parameters() if ignored else ():
                 if parameter.requires_grad and name in ignored:
                     return f"DistributedDataParallel ignores {name}, whose gradient nobody averages: not supported"

@@ -104,6 +104,7 @@ class Monitor:
         self._totals = Totals()
         self._memory = Memory()
         self._rooms = Rooms()
+        self._left = False
         self._desk: Desk[tuple[Step, Share]] = Desk(self._conclude, self._lost, Bounds(queue, _QUEUE_BYTES))
 
     def __enter__(self) -> Monitor:
@@ -143,13 +144,22 @@ class Monitor:
     def _close(self, together: bool) -> None:
         if self._desk.foreign():
             return
-        self.flush()
-        if self._log is not None and self._log.is_open:
-            if self._totals.steps:
-                self._log.write({"report": asdict(self.report())})
-            self._log.close()
-        if together and self._plan.team is not None:
-            self._plan.team.end(self._totals.steps)
+        team = self._plan.team
+        try:
+            self.flush()
+            if self._log is not None and self._log.is_open:
+                if self._totals.steps:
+                    self._log.write({"report": asdict(self.report())})
+                self._log.close()
+        except BaseException:
+            together = False
+            raise
+        finally:
+            if team is not None and not together and not self._left:
+                self._left = True  # by an exception, which the others need not wait for
+                team.leave("the monitor was left by an exception")
+        if team is not None and not self._left:
+            team.end(self._totals.steps)
 
     @contextmanager
     def step(self) -> Iterator[Step]:
@@ -256,6 +266,20 @@ class Monitor:
         """
         if running():
             raise AdcertError("a step is running: take the monitor's state between two steps")
+        return self._state()
+
+    def _state_before(self) -> dict[str, Any]:
+        """While a step is running: the state before it began, so that whoever resumes does it again."""
+        chosen = drawn(self._totals.steps, self.every, self.seed) == self._totals.steps
+        self._totals.steps -= 1
+        self._totals.sampled -= chosen
+        try:
+            return self._state()
+        finally:
+            self._totals.steps += 1
+            self._totals.sampled += chosen
+
+    def _state(self) -> dict[str, Any]:
         self.flush()
         return {
             "format": state.FORMAT,

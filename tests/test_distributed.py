@@ -339,6 +339,45 @@ def test_gradients_that_nobody_averaged_are_not_certified(two: World) -> None:
         assert first[0] == "undecided" and any(reason in text for text in first[1]), how
 
 
+def hooked_alone(rank: int) -> list[Any]:
+    own = [dist.new_group([0]), dist.new_group([1])][rank]
+    model = nn.Linear(2, 1).double()
+    parallel = DistributedDataParallel(model, process_group=own)
+    parallel.register_comm_hook(None, halved)
+    found = []
+    for group in (None, "local"):
+        with adcert.Monitor(parallel, group=group) as monitor, monitor.step() as step:
+            parallel(torch.ones(1, 2).double()).sum().backward()
+        found.append([step.summary["verdict"], step.summary["reasons"], step.summary["assumptions"]])
+    return found
+
+
+def test_a_hook_counts_in_a_group_of_one_rank_too(two: World) -> None:
+    (verdict, reasons, _), (alone, _, assumptions) = two.run(hooked_alone)[0]
+    assert verdict == "undecided" and "the communication hook halved" in reasons[0]
+    assert alone == "certified" and any("before any averaging" in text for text in assumptions)
+
+
+def left(rank: int) -> str:
+    """Rank 0 leaves its monitor by an exception, and lives on."""
+    parallel = DistributedDataParallel(nn.Linear(2, 1))
+    try:
+        with adcert.Monitor(parallel) as monitor:
+            with monitor.step():
+                parallel(torch.ones(1, 2)).sum().backward()
+            if rank == 0:
+                raise ValueError("of the program")
+    except (ValueError, adcert.AdcertError) as error:
+        monitor.close()  # nothing is left to do
+        return str(error)
+    return ""
+
+
+def test_a_rank_that_leaves_by_an_exception_is_not_waited_for(two: World) -> None:
+    first, second = two.run(left)
+    assert first == "of the program" and "a rank is lost" in second
+
+
 class Adding(nn.Module):
     """Two layers of two megabytes each: DistributedDataParallel has a compiler cut the program between them."""
 

@@ -129,6 +129,24 @@ def test_a_resumed_fit_goes_on(tmp_path: Path) -> None:
     assert [line.get("step") for line in lines(log)] == [*range(1, 10), None]
 
 
+def test_a_checkpoint_amid_an_accumulated_gradient(tmp_path: Path) -> None:
+    """Of the third of five batches, two to a step: it holds one step, and whoever resumes goes on."""
+    path = tmp_path / "amid.ckpt"
+
+    class Saver(lightning.Callback):  # type: ignore[misc]
+        def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+            if trainer.fit_loop.total_batch_idx == 2:
+                trainer.save_checkpoint(path)
+
+    certify, resumed = Certify(), Certify()
+    fit(Module(), certify, Saver(), max_epochs=1)
+    assert certify.monitor is not None and certify.monitor.report().certified == 3
+    (state,) = (found for found in torch.load(path, weights_only=False)["callbacks"].values() if "totals" in found)
+    assert (state["totals"]["steps"], state["totals"]["sampled"]) == (1, 1)
+    fit(Module(), resumed, path=str(path), max_epochs=2)
+    assert resumed.monitor is not None and resumed.monitor.report().certified > 3
+
+
 def test_an_exception_leaves_no_step_behind() -> None:
     class Failing(Module):
         def training_step(self, batch: Any, index: int) -> Tensor:

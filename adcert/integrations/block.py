@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
+from typing import Any
 
 from ..monitor import Monitor
 from ..step import Step
@@ -19,6 +20,10 @@ class Block:
     def is_open(self) -> bool:
         """Is a step running?"""
         return self._open is not None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The monitor's; of a step that is running nothing, it will be done again."""
+        return self.monitor._state_before() if self.is_open else self.monitor.state_dict()
 
     def begin(self) -> None:
         """Begin a step, unless one is running: the next part of an accumulated gradient belongs to it."""

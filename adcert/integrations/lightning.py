@@ -102,8 +102,8 @@ class Certify(Callback):  # type: ignore[misc]  # the stubs of Lightning are not
             self._close(trainer, exception)
 
     def state_dict(self) -> dict[str, Any]:
-        """The monitor's."""
-        return self._saved if self.monitor is None else self.monitor.state_dict()
+        """The monitor's; a checkpoint amid an accumulated gradient does not hold it, and neither its step."""
+        return self._saved if self._block is None else self._block.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Kept until training starts."""

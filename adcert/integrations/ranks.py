@@ -46,18 +46,19 @@ class Ranks:
                     f"the {self.size} processes certify the global batch, over all of them: leave group= out, "
                     "or use adcert.Monitor in a loop of your own"
                 )
-        monitor = Monitor(model, **(options if self.first else {**options, "log": None}))
+        made: list[Monitor] = []
 
-        def resume() -> None:
+        def begin() -> None:
+            monitor = Monitor(model, **(options if self.first else {**options, "log": None}))
             if saved:
                 monitor.load_state_dict(saved)
-            monitor.__enter__()
+            made.append(monitor.__enter__())
 
         if self.size > 1:
-            everywhere(resume)
+            everywhere(begin)
         else:
-            resume()
-        return monitor
+            begin()
+        return made[0]
 
     def _averaging(self, model: torch.nn.Module, wrapped: Any) -> DistributedDataParallel:
         """The DistributedDataParallel of the model; parameters have the names that they have in the model."""
