@@ -80,7 +80,9 @@ class Plan:
                 if parameter.requires_grad and name in ignored:
                     return f"DistributedDataParallel ignores {name}, whose gradient nobody averages: not supported"
             for hook, state in getattr(each, "_comm_hooks", ()):
-                if not _only_rounds(hook) or (state is not None and state is not each.process_group):
+                over = dist.group.WORLD if state is None else state  # as torch's own hooks take it
+                same = over is each.process_group or (state is None and _is_world(each.process_group))
+                if not _only_rounds(hook) or not same:
                     return f"the communication hook {_named(hook)} may change the averaged gradient: not supported"
         return ""
 
@@ -177,6 +179,10 @@ def everywhere(action: Callable[[], T]) -> list[T]:
 
 def _is_parallel(module: torch.nn.Module) -> bool:
     return isinstance(module, torch.nn.parallel.DistributedDataParallel)
+
+
+def _is_world(group: Any) -> bool:
+    return dist.get_process_group_ranks(group) == list(range(dist.get_world_size()))
 
 
 def _only_rounds(hook: Any) -> bool:

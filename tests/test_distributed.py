@@ -358,6 +358,26 @@ def test_a_hook_counts_in_a_group_of_one_rank_too(two: World) -> None:
     assert alone == "certified" and any("before any averaging" in text for text in assumptions)
 
 
+def over_the_world(rank: int) -> list[Any]:
+    """torch's own hook without a state averages over all ranks, whatever the group is."""
+    from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+    own = [dist.new_group([0, 1]), dist.new_group([2, 3])][rank // 2]
+    found = []
+    for group in (own, dist.group.WORLD):
+        for state in (None, group):
+            parallel = DistributedDataParallel(nn.Linear(2, 1).double(), process_group=group)
+            parallel.register_comm_hook(state, allreduce_hook)
+            with adcert.Monitor(parallel) as monitor, monitor.step() as step:
+                parallel(torch.ones(1, 2).double() * (1 + rank)).sum().backward()
+            found.append(step.summary["verdict"])
+    return found
+
+
+def test_a_hook_that_averages_over_another_group(four: World) -> None:
+    assert four.run(over_the_world) == [["undecided", "certified", "certified", "certified"]] * 4
+
+
 def left(rank: int) -> str:
     """Rank 0 leaves its monitor by an exception, and lives on."""
     parallel = DistributedDataParallel(nn.Linear(2, 1))
