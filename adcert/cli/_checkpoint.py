@@ -6,6 +6,7 @@ Under torchrun the first rank writes the file and every rank reads it.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -67,20 +68,22 @@ class Training:
         """
         found: dict[str, Any] = {}
 
-        def read() -> int:
+        def read() -> tuple[int, str]:
             found.update(_read(self.path))
             _compare(self.path, found["job"], self._options())
-            return int(found["step"])
+            return int(found["step"]), hashlib.sha256(self.path.read_bytes()).hexdigest() if self.ranks.size > 1 else ""
 
-        steps = everywhere(read)
-        if len(set(steps)) > 1:
+        everybody = everywhere(read)
+        if len(set(everybody)) > 1:
+            steps = [step for step, _ in everybody]
             raise AdcertError(
-                f"the ranks have read {self.path} of steps {steps}: it has to be on a disk that all of them share"
+                f"the ranks have read files {self.path} that differ, of steps {steps}: it has to be on a disk that all "
+                "of them share"
             )
-        if self.ranks.size > 1 and steps[0]:
+        if self.ranks.size > 1 and found["step"]:
             rehearse()
         everywhere(lambda: self._restore(found))
-        return steps[0], found["layers"]
+        return found["step"], found["layers"]
 
     @property
     def path(self) -> Path:

@@ -54,10 +54,12 @@ class Ranks:
                 monitor.load_state_dict(saved)
             made.append(monitor.__enter__())
 
-        if self.size > 1:
-            everywhere(begin)
-        else:
+        if self.size == 1:
             begin()
+            return made[0]
+        if len(set(everywhere(lambda: bool(saved)))) > 1:
+            raise AdcertError("some processes have a state to go on from and others do not: load one checkpoint")
+        everywhere(begin)
         return made[0]
 
     def _averaging(self, model: torch.nn.Module, wrapped: Any) -> DistributedDataParallel:
