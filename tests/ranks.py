@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import multiprocessing
 import os
 import socket
@@ -9,6 +10,7 @@ import traceback
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -95,3 +97,24 @@ class World:
             if process.is_alive():
                 process.kill()
                 process.join()
+
+
+def assert_goes_on(found: list[Any], names: list[str], folder: Path) -> list[dict[str, Any]]:
+    """Two ranks trained plainly, certified, and resumed after a failure: the same weights, totals and logs.
+
+    Six steps; the job that failed was resumed after the second. Returns the lines of the certified job's log.
+    """
+    first, second = found
+    assert first == second
+    plain, certified, resumed = first["digests"]
+    assert plain == certified == resumed
+    assert first["whole"]["totals"] == first["resumed"]["totals"]
+    assert (first["whole"]["totals"]["certified"], first["whole"]["totals"]["aborted"]) == (6, 0)
+    assert all(shapes == names and set(p) <= set(names) for _, _, p, shapes in first["whole"]["certificates"])
+    whole, log, superseded = (
+        [json.loads(line) for line in (folder / name).read_text().splitlines()]
+        for name in ("whole", "log", "log.superseded")
+    )
+    assert [line.get("step") for line in whole] == [line.get("step") for line in log] == [*range(1, 7), None]
+    assert [line.get("step") for line in superseded] == [3, 4, None]
+    return whole

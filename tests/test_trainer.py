@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from ranks import World, launched
+from ranks import World, assert_goes_on, launched
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -199,19 +199,9 @@ def jobs(rank: int, folder: Path) -> dict[str, Any]:
 
 def test_several_processes_certify_the_global_batch_and_go_on(two: World, tmp_path: Path) -> None:
     """Five samples a rank: three batches an epoch, two steps; the first batch of the first one runs under no_sync."""
-    first, second = two.run(jobs, tmp_path)
-    assert first == second
-    plain, certified, resumed = first["digests"]
-    assert plain == certified == resumed
-    assert first["whole"]["totals"] == first["resumed"]["totals"]
-    assert (first["whole"]["totals"]["certified"], first["whole"]["totals"]["aborted"]) == (6, 0)
     names = [name for name, _ in Network().named_parameters()]
-    assert all(shapes == names and set(p) <= set(names) for _, _, p, shapes in first["whole"]["certificates"])
-    steps = lines(tmp_path / "whole")
-    assert [line.get("step") for line in steps] == [*range(1, 7), None]
+    steps = assert_goes_on(two.run(jobs, tmp_path), names, tmp_path)
     assert steps[0]["windows"] == 2 * 2 * 2 * 8  # ranks, batches, samples
-    assert [line.get("step") for line in lines(tmp_path / "log")] == [*range(1, 7), None]
-    assert [line.get("step") for line in lines(tmp_path / "log.superseded")] == [3, 4, None]
 
 
 def around(rank: int, folder: Path) -> list[Any]:
